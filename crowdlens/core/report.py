@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from jinja2 import Environment
 from .files import atomic,show_path
 
-# %% ../../nbs/core/report.ipynb #45536eb4
+# %% ../../nbs/core/report.ipynb #0745a341
 def nice(v) -> str:  # any value
     "`v` as a person wants to read it."
     if v is None: return "–"
@@ -22,8 +22,9 @@ def nice(v) -> str:  # any value
     if isinstance(v, numbers.Real):
         v = float(v)
         if v != v: return "–"
-        return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}" if (
-            abs(v) >= 1 or not v) else f"{v:.3f}" if abs(v) >= .01 else f"{v:.2g}"
+        a = abs(v)
+        return (f"{v:,.0f}" if a >= 1000 else f"{v:.3g}" if a >= 1 or not a
+                else f"{v:.3f}" if a >= .01 else f"{v:.2g}")
     if isinstance(v, (bytes, Path)): return show_path(v)
     return str(v)
 
@@ -104,7 +105,7 @@ def _inline(s):
     s = re.sub(r"`([^`]+)`", r"<code>\1</code>", _esc(s))
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", s)
 
-# %% ../../nbs/core/report.ipynb #0d7292f1
+# %% ../../nbs/core/report.ipynb #12c2c28f
 def table_html(rows,  # list of dicts, or of lists with `head`
                head=None,  # column titles; default: the keys of the first row
                most:int=200,  # rows shown; how many are left out is said
@@ -121,7 +122,8 @@ def table_html(rows,  # list of dicts, or of lists with `head`
         return f"<{t}{c}>{_esc(nice(v))}</{t}>"
     ths = "".join(f'<th{" class=n" if num(v) else ""}>{_esc(h)}</th>'
                   for h,v in zip(head or [], rows[0]))
-    body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>" for r in rows[:most])
+    body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>"
+                   for r in rows[:most])
     more = (f'<p class="dim">and {len(rows)-most:,} more rows</p>'
             if len(rows) > most else "")
     return (f'<div class="scroll"><table><thead><tr>{ths}</tr></thead>'
@@ -133,14 +135,15 @@ def picture_uri(pic) -> str:  # a file, a matplotlib figure or (H,W,3) uint8 RGB
         buf = io.BytesIO(); pic.savefig(buf, format="png", dpi=110)
         kind, data = "image/png", buf.getvalue()
     elif hasattr(pic, "shape"):
-        ok, enc = cv2.imencode(".jpg", pic[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+        ok, enc = cv2.imencode(".jpg", pic[..., ::-1],
+                               [cv2.IMWRITE_JPEG_QUALITY, 85])
         kind, data = "image/jpeg", enc.tobytes()
     else:
         kind = mimetypes.guess_type(str(pic))[0] or "application/octet-stream"
         data = Path(pic).read_bytes()
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
-# %% ../../nbs/core/report.ipynb #5db989a1
+# %% ../../nbs/core/report.ipynb #50b8580b
 @patch
 def table(self:Report, rows, head=None, most:int=200):
     "A table, see `table_html`."
@@ -151,7 +154,8 @@ def picture(self:Report, pic,  # see `picture_uri`
              caption:str="", alt:str=""):
     "A picture or film, stored in the page."
     uri = picture_uri(pic)
-    tag = (f'<video controls src="{uri}"></video>' if uri.startswith("data:video")
+    film = uri.startswith("data:video")
+    tag = (f'<video controls src="{uri}"></video>' if film
            else f'<img alt="{_esc(alt or caption)}" src="{uri}">')
     cap = f"<figcaption>{_inline(caption)}</figcaption>" if caption else ""
     return self._add(f"<figure>{tag}{cap}</figure>")
@@ -159,4 +163,5 @@ def picture(self:Report, pic,  # see `picture_uri`
 @patch
 def fold(self:Report, title:str, inner:str):  # a title, HTML
     "HTML that opens at a click."
-    return self._add(f"<details><summary>{_esc(title)}</summary>{inner}</details>")
+    return self._add(f"<details><summary>{_esc(title)}</summary>"
+                     f"{inner}</details>")
