@@ -217,6 +217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'crowdlens.core.runs.rank': ('core/runs.html#rank', 'crowdlens/core/runs.py'),
                                      'crowdlens.core.runs.rng_state': ('core/runs.html#rng_state', 'crowdlens/core/runs.py'),
                                      'crowdlens.core.runs.room': ('core/runs.html#room', 'crowdlens/core/runs.py'),
+                                     'crowdlens.core.runs.seed_all': ('core/runs.html#seed_all', 'crowdlens/core/runs.py'),
                                      'crowdlens.core.runs.set_rng_state': ('core/runs.html#set_rng_state', 'crowdlens/core/runs.py'),
                                      'crowdlens.core.runs.settings': ('core/runs.html#settings', 'crowdlens/core/runs.py'),
                                      'crowdlens.core.runs.versions': ('core/runs.html#versions', 'crowdlens/core/runs.py')},
