@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['versions', 'commit', 'device', 'cores', 'rank', 'Result', 'Run', 'lock', 'load_result', 'history', 'bar', 'room',
-           'rng_state', 'set_rng_state', 'settings', 'assets', 'profile_values', 'profiles', 'main']
+           'seed_all', 'rng_state', 'set_rng_state', 'settings', 'assets', 'profile_values', 'profiles', 'main']
 
 # %% ../../nbs/core/runs.ipynb #887932f6
 import importlib.metadata,json,os,platform,shutil,subprocess,sys,time
@@ -63,7 +63,7 @@ def rank() -> int:
     "This process's rank under `torchrun`, else 0."
     return int(os.environ.get("RANK", 0))
 
-# %% ../../nbs/core/runs.ipynb #ac645718
+# %% ../../nbs/core/runs.ipynb #f9c73b37
 @dataclass
 class Result:
     "What a finished run left: its folder, figures and products."
@@ -98,8 +98,8 @@ class Run:
 
     def __enter__(self):
         if not self.main: return self
-        _usable(self.folder)
-        if self.cfg.again and self.folder.exists(): self._aside()
+        self.ready()
+        if self.cfg.again: self.aside()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder)
         try: self._open()
@@ -112,31 +112,35 @@ class Run:
             if err is not None: self._failed(kind, err)
         finally: self._lock.release()
 
-# %% ../../nbs/core/runs.ipynb #2176f1bb
-def lock(folder) -> FileLock:  # a run's folder, which exists
+# %% ../../nbs/core/runs.ipynb #ea6b5f8c
+def lock(folder, name:str=".lock") -> FileLock:  # a run's folder; the file
     "The folder's lock, taken; `InputError` when another process has it."
-    got = FileLock(Path(folder)/".lock", timeout=0, fallback_to_soft=False)
+    got = FileLock(Path(folder)/name, timeout=0, fallback_to_soft=False)
     try: return got.acquire() and got
     except Timeout: raise InputError("another process is in this run",
         folder, fix="wait for it, or take another --name") from None
 
-def _usable(folder):
-    "Raise `InputError` unless files can be made where `folder` will be."
-    p = Path(folder)
+@patch
+def ready(self:Run) -> Result|None:
+    "The result of a finished run; `InputError` where this one cannot start."
+    p, conf = self.folder, self.folder/"config.json"
     while not p.exists(): p = p.parent
     if not (p.is_dir() and os.access(p, os.W_OK | os.X_OK)): raise InputError(
         "cannot write here", p, fix="name another folder with --out")
+    if not conf.exists() or self.cfg.again: return None
+    lock(self.folder).release()
+    changed = self._compare(read_json(conf)["settings"])
+    return (load_result(self.folder) if not changed and
+            (self.folder/"metrics.json").exists() else None)
 
 @patch
-def _aside(self:Run):
+def aside(self:Run):
     "Move an earlier run of this name to the first free `name.N`."
+    if not self.folder.exists(): return
+    def old(n): return self.folder.with_name(f"{self.folder.name}.{n}")
     held = lock(self.folder)
-    n = next(n for n in range(1, 10**6) if not self._old(n).exists())
-    os.rename(self.folder, self._old(n)); held.release()
-
-@patch
-def _old(self:Run, n:int): return self.folder.with_name(
-    f"{self.folder.name}.{n}")
+    n = next(n for n in range(1, 10**6) if not old(n).exists())
+    os.rename(self.folder, old(n)); held.release()
 
 @patch
 def _failed(self:Run, kind, err):
@@ -309,7 +313,7 @@ def _settings(self:Run, report:Report) -> Report:
     return report.heading("How it was made").fold(
         "settings, versions, device", table_html(rows, ["name", "value"]))
 
-# %% ../../nbs/core/runs.ipynb #2c3d51cd
+# %% ../../nbs/core/runs.ipynb #274c18f9
 @patch
 def save(self:Run,
     name:str,  # as "epoch-0003" or "iter-0010000"
@@ -323,6 +327,7 @@ def save(self:Run,
     import torch
     from safetensors.torch import save_file
     top = self.folder/"checkpoints"; tmp = top/f".{name}.part"
+    if not self.main: return top/name
     shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
     try:
         save_file({k: v.detach().cpu().contiguous() for k,v in
@@ -363,7 +368,12 @@ def _prune(self:Run, keep:int):
     for p in [p for p in done if p.resolve() not in held][:-keep or None]:
         shutil.rmtree(p)
 
-# %% ../../nbs/core/runs.ipynb #706af938
+# %% ../../nbs/core/runs.ipynb #0b17babc
+def seed_all(seed:int):  # a run's seed
+    "Seed Python, NumPy and torch."
+    import torch
+    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+
 def rng_state() -> dict:
     "Random states of Python, NumPy and torch, as plain values and tensors."
     import torch
@@ -395,12 +405,11 @@ def resume(self:Run) -> tuple|None:
     self.log(f"resumes after {last.resolve().name}")
     return load_file(last/"model.safetensors"), state
 
-# %% ../../nbs/core/runs.ipynb #34535a93
+# %% ../../nbs/core/runs.ipynb #dd30855a
 def settings(stage:str, cls,  # "01_audit"; its Config class
-             profile:str="", pairs:tuple=(), file:str="", **fixed) -> dict:
-    "Defaults, `file`, `profile`, `pairs`, `fixed`, in this order, checked."
+             profile:str="", pairs:tuple=(), **fixed) -> dict:
+    "Defaults, then `profile`, `pairs`, `fixed`; checked, every field."
     vals = dict(name=Path(profile).stem if profile else "run")
-    if file: vals |= config.read_yaml(file)
     if profile: vals |= profile_values(stage, profile)
     vals |= config.parse(cls, list(pairs))
     vals |= {k: v for k,v in fixed.items() if v is not None}

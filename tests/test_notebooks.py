@@ -1,0 +1,88 @@
+"""Every notebook runs, and the checkout is what the notebooks say."""
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[1]
+NBS = sorted(
+    p.relative_to(TOP / "nbs")
+    for p in (TOP / "nbs").rglob("*.ipynb")
+    if not any(part[0] in "_." for part in p.relative_to(TOP / "nbs").parts)
+)
+
+
+@pytest.mark.parametrize("nb", NBS, ids=str)
+def test_runs(nb, tmp_path):
+    "The notebook runs from top to bottom, slow lessons included."
+    cmd = [str(Path(sys.executable).with_name("nbdev-test")), str(TOP / "nbs" / nb), "--n-workers", "0", "--flags", "slow"]
+    env = os.environ | {"CROWDLENS_OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    got = subprocess.run(cmd, cwd=TOP, env=env, capture_output=True, text=True)
+    assert got.returncode == 0, got.stdout[-4000:] + got.stderr[-4000:]
+
+
+@pytest.mark.parametrize("nb", NBS, ids=str)
+def test_shape(nb):
+    "Size, first cell, cell length and imports alone, as the house style says."
+    path = TOP / "nbs" / nb
+    assert path.stat().st_size <= 400_000
+    cells = json.loads(path.read_text())["cells"]
+    first = "".join(cells[0]["source"]).strip().split("\n")
+    assert first[0].startswith("# ") and first[-1].startswith("> ") and len(first) == 3
+    for c in cells:
+        src = "".join(c["source"])
+        if c["cell_type"] != "code":
+            continue
+        lines = src.split("\n")
+        if src.startswith("#| export"):
+            assert len(lines) <= 41, f"{nb}: an exported cell has {len(lines)} lines:\n{src[:300]}"
+        assert max(map(len, lines)) <= 80, f"{nb}: too wide: {max(lines, key=len)}"
+        for out in c["outputs"]:
+            for data in out.get("data", {}).values():
+                assert len("".join(data)) <= 165_000, f"{nb}: an output over 120 KB"
+
+
+def test_readme_is_the_index_notebook():
+    readme = runpy.run_path(str(TOP / "nbs" / "_site" / "readme.py"))["readme"]
+    assert (TOP / "README.md").read_text() == readme(), "run `make readme`"
+
+
+LAYERS = {"core": 0, "metrics": 1, "models": 1}
+
+
+def _layer(module):
+    "Depth of `crowdlens.x.y`: stages lie above models and metrics, then core."
+    parts = module.split(".")
+    return LAYERS.get(parts[1], 2) if len(parts) > 2 else 2
+
+
+def test_imports_go_down():
+    "core imports core alone; models and metrics no stage; no stage a stage."
+    import ast
+
+    above = {"crowdlens.cli", "crowdlens.demo", "crowdlens.who_does_what"}
+    for path in sorted((TOP / "crowdlens").rglob("*.py")):
+        me = ".".join(path.relative_to(TOP).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module] if node.module != "crowdlens" else []
+                names += [f"{node.module}.{a.name}" for a in node.names if node.module.startswith("crowdlens")]
+            for n in names:
+                if not n.startswith("crowdlens.") or n == me or me in above:
+                    continue
+                file = TOP / Path(*n.split(".")).with_suffix(".py")
+                if not file.exists() and not (TOP / Path(*n.split("."))).is_dir():
+                    continue  # a name inside a module
+                assert _layer(n) <= _layer(me) and not (_layer(n) == _layer(me) == 2), f"{me} imports {n}"
+
+
+def test_core_loads_no_torch():
+    code = "import sys, crowdlens, crowdlens.core.boxes, crowdlens.core.yolo; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
