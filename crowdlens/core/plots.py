@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'CYCLE', 'INK', 'MUTED', 'PAPER', 'STYLE', 'color', 'rgb', 'draw_boxes', 'tile', 'contact_sheet',
-           'use_style', 'new_figure', 'bin_edges', 'histogram', 'heat_maps', 'to_jpeg', 'to_png', 'to_bytes', 'save',
-           'img_tag']
+           'use_style', 'new_figure', 'bin_edges', 'histogram', 'heat_maps', 'to_jpeg', 'to_png', 'to_bytes', 'save']
 
-# %% ../../nbs/core/plots.ipynb #03d799e6
-import base64,html,io
+# %% ../../nbs/core/plots.ipynb #07ab4b9c
+import io
 from pathlib import Path
 import cv2
 import matplotlib as mpl
@@ -166,7 +165,7 @@ def histogram(ax, series:dict, # matplotlib axes; name -> values
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     if len(series) > 1: ax.legend(loc="upper right")
 
-# %% ../../nbs/core/plots.ipynb #834ad67d
+# %% ../../nbs/core/plots.ipynb #bbe37a49
 def heat_maps(grids:dict, # class name -> (rows, cols) counts
     aspect:float=1.6,  # width over height of the pictures
     cols:int=3,  # panels side by side
@@ -183,13 +182,14 @@ def heat_maps(grids:dict, # class name -> (rows, cols) counts
             m = ax.imshow(g, cmap="magma", vmin=0, vmax=top, aspect="auto",
                           extent=(0, 1, 1, 0), interpolation="nearest")
             ax.set_box_aspect(1/aspect)
-            ax.set(title=k, xticks=[0, .5, 1], yticks=[0, .5, 1]); ax.grid(False)
+            ax.set(title=k, xticks=[0, .5, 1], yticks=[0, .5, 1])
+            ax.grid(False)
             fig.colorbar(m, ax=ax, shrink=.8, format=EngFormatter(sep=" "))
         fig.supxlabel("x, share of the width", fontsize=8)
         fig.supylabel("y, share of the height", fontsize=8)
     return fig
 
-# %% ../../nbs/core/plots.ipynb #d2edc6e6
+# %% ../../nbs/core/plots.ipynb #4bb19dc7
 def to_jpeg(image, quality:int=85) -> bytes:  # (H,W,3) uint8 RGB; 1..100
     "`image` as JPEG."
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality)
@@ -210,12 +210,3 @@ def to_bytes(pic, ext:str=".jpg") -> bytes:  # a Figure or an RGB array
 def save(path, pic):  # .png or .jpg; a Figure or an RGB array
     "Write `pic` to `path`, whole or not at all."
     with atomic(path) as tmp: tmp.write_bytes(to_bytes(pic, Path(path).suffix))
-
-def img_tag(pic, alt:str="", # a Figure or an RGB array; what it shows
-            width:int=0,  # on the page, pixels; 0: its own
-    ) -> str:
-    "`pic` as an HTML image that holds its own data."
-    b = to_bytes(pic); kind = "png" if b[:4] == b"\x89PNG" else "jpeg"
-    wide = f' width="{width}"' if width else ""
-    return (f'<img alt="{html.escape(alt, True)}"{wide} src="data:image/{kind}'
-            f';base64,{base64.b64encode(b).decode()}">')
