@@ -7,12 +7,12 @@ __all__ = ['CLASSES', 'BUS', 'BIKE', 'CAR', 'PED', 'TRUCK', 'LANE', 'M', 'PHASES
            'HW', 'GEN', 'WAIT', 'GAIT', 'ON', 'SIDE', 'Plan', 'draw_plan', 'Paths', 'lane_path', 'walk_paths',
            'draw_paths', 'is_green', 'draw_agent', 'pose_of', 'gap_ahead', 'step', 'draw_kinds', 'Traffic']
 
-# %% ../../nbs/core/traffic.ipynb #927d291f
+# %% ../../nbs/core/traffic.ipynb #a84dfb6c
 import math
 from dataclasses import dataclass
 import numpy as np
 from numba import njit
-from .solids import hash2
+from .raster import hash01
 
 # %% ../../nbs/core/traffic.ipynb #dc9a9a81
 CLASSES = ["Bus", "Bike", "Car", "Pedestrian", "Truck"]
@@ -98,7 +98,7 @@ def lane_path(
     s1 = plan.reach - pa
     return xyh, ln, s1 - 5.9, (s1 - 4, ln - (plan.reach - pb) + 1)
 
-# %% ../../nbs/core/traffic.ipynb #adce19c2
+# %% ../../nbs/core/traffic.ipynb #f5753ac6
 def walk_paths(
     plan:Plan,
 ) -> list: # (points, point to wait at or None, arm crossed)
@@ -137,7 +137,7 @@ def draw_paths(
             if turn == 0: continue
             na, nb = plan.lanes[a % 2], plan.lanes[b % 2]
             for i in range(na):
-                if (turn == 3 and i > 0) or (turn == 1 and i < na - 1): continue
+                if turn == 3 and i > 0 or turn == 1 and i < na - 1: continue
                 j = {3: 0, 1: nb - 1, 2: min(i, nb - 1)}[turn]
                 rows.append((*lane_path(plan, a, b, (i + .5)*LANE,
                     (j + .5)*LANE), 2*(a % 2) + (turn == 3), 0))
@@ -171,7 +171,7 @@ def is_green(
     if along_y != (gate >= 2): return False
     return h < 11. if gate % 2 == 0 else (h >= 13.5 and h < 18.5)
 
-# %% ../../nbs/core/traffic.ipynb #2892a2e6
+# %% ../../nbs/core/traffic.ipynb #dd514404
 KIND, PATH, S, V, V0, HL, HW, GEN, WAIT, GAIT, ON, SIDE = range(12)
 
 @njit(cache=True)
@@ -185,10 +185,10 @@ def draw_agent(
     q = seed*64 + i
     u = 2 if k == PED else (1 if k == BIKE else 0)
     n = ends[u, 1] - ends[u, 0]
-    A[i, PATH] = ends[u, 0] + min(n - 1, int(hash2(g, 1, q)*n))
+    A[i, PATH] = ends[u, 0] + min(n - 1, int(hash01(q, g, 1)*n))
     A[i, S], A[i, WAIT], A[i, ON] = 0., 0., 1.
-    A[i, GAIT] = hash2(g, 6, q)*6.28
-    z, w, y = hash2(g, 2, q), hash2(g, 3, q), hash2(g, 4, q)
+    A[i, GAIT] = hash01(q, g, 6)*6.28
+    z, w, y = hash01(q, g, 2), hash01(q, g, 3), hash01(q, g, 4)
     A[i, SIDE] = (y - .5)*.5
     if k == CAR: A[i, V0], A[i, HL], A[i, HW] = 8+4*z, 2.05+.3*w, .86+.06*w
     elif k == BUS: A[i, V0], A[i, HL], A[i, HW] = 7+2*z, 5.2+.8*w, 1.27
