@@ -156,7 +156,7 @@ def first_of(content,  # (N,2) uint64
     got = first[inv]
     return got if valid is None else np.where(valid, got, me)
 
-# %% ../../nbs/core/hashes.ipynb #0c4dfd17
+# %% ../../nbs/core/hashes.ipynb #ad3916be
 @nb.njit(nb.int64(nb.uint64), cache=True, inline="always")
 def _ones(x):
     "How many bits of a 64-bit word are set."
@@ -167,12 +167,11 @@ def _ones(x):
     return nb.int64((x*nb.uint64(0x0101010101010101)) >> nb.uint64(56))
 
 @nb.njit(cache=True, nogil=True)
-def _nearest(looks, group, limit, lo, hi, best, far):
-    "Rows lo..hi: nearest row of an earlier group, at most `limit` bits away."
+def _nearest(looks, ends, limit, lo, hi, best, far):
+    "Rows lo..hi: the nearest of rows 0..ends[i], at most `limit` bits away."
     for i in range(lo, hi):
         far[i], best[i] = limit+1, -1
-        for j in range(len(looks)):
-            if group[j] < 0 or group[j] >= group[i]: continue
+        for j in range(ends[i]):
             d = 0
             for k in range(4):
                 d += _ones(looks[i, k] ^ looks[j, k])
@@ -183,13 +182,17 @@ def match(looks, group, # (N,4) uint64; (N,) int, -1: take no part
           limit:int=10,  # bits of 256 that may differ
     ) -> tuple:  # (N,) int index or -1; (N,) int distance
     "The nearest picture of an earlier group for each picture, if any is near."
-    n = len(looks); best, far = np.full(n, -1), np.full(n, limit+1)
-    group = np.ascontiguousarray(group, np.int64)
-    looks = np.ascontiguousarray(looks, np.uint64)
-    cut = np.linspace(0, n, 33).astype(int)
+    group = np.asarray(group); n = len(group)
+    part = np.argsort(group, kind="stable"); part = part[group[part] >= 0]
+    a = np.ascontiguousarray(np.asarray(looks, np.uint64)[part])
+    ends = np.searchsorted(group[part], group[part]); m = len(part)
+    b, f = np.full(m, -1), np.full(m, limit+1)
+    cut = np.linspace(0, m, 65).astype(int)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as ex:
-        list(ex.map(lambda k: _nearest(looks, group, limit, cut[k], cut[k+1],
-                                       best, far), range(32)))
+        list(ex.map(lambda k: _nearest(a, ends, limit, cut[k], cut[k+1], b, f),
+                    range(64)))
+    best, far = np.full(n, -1), np.full(n, limit+1)
+    best[part], far[part] = np.where(b < 0, -1, part[b] if m else b), f
     return best, far
 
 # %% ../../nbs/core/hashes.ipynb #4ffaa690

@@ -238,23 +238,27 @@ def figures(b:Boxes, names=(), # class names by number
             persons_without_head=int((ps & (mate < 0)).sum()))
     return out
 
-# %% ../../nbs/core/yolo_stats.ipynb #84918eb5
-def class_rows(b:Boxes, names, # class names by number
+# %% ../../nbs/core/yolo_stats.ipynb #9c170941
+def class_rows(b:Boxes, names, # class number -> name, or a list of names
                shortest:int=960, longest:int=1536,  # pixels
     ) -> list[dict]:
     "A row a class: how many, how large in the file and in training."
     scale = train_scale(b.size, shortest, longest)
-    here, seen = b.pixels(), b.pixels(scale)
-    rows = []
-    for k, name in enumerate(names):
-        m = b.cls == k; n = int(m.sum())
-        row = {"class": name, "boxes": n, "images": len(np.unique(b.image[m]))}
-        row["height, px"], = _q(here[m, 1], .5)
-        row["height in training, px"], = _q(seen[m, 1], .5)
-        row["aspect (w/h)"], = _q(here[m, 0]/np.maximum(here[m, 1], 1e-9), .5)
-        for what, wh in (("", here), (" in training", seen)):
-            a = area_class(wh[m].prod(1))
-            for i, s in enumerate(AREAS):
-                row[s+what] = float((a == i).sum()/n) if n else None
-        rows.append(row)
-    return rows
+    order = np.argsort(b.cls, kind="stable"); cls = b.cls[order]
+    here, seen = b.pixels()[order], b.pixels(scale)[order]
+    return [{"class": name, **_class_row(b.image[order[m]], here[m], seen[m])}
+        for k, name in (names.items() if hasattr(names, "items") else
+                        enumerate(names))
+        for m in [slice(*np.searchsorted(cls, [k, k+1]))]]
+
+def _class_row(image, here, seen):
+    "Figures of one class: its images, sizes in the file and in training."
+    n = len(image); row = dict(boxes=n, images=len(np.unique(image)))
+    row["height, px"], = _q(here[:, 1], .5)
+    row["height in training, px"], = _q(seen[:, 1], .5)
+    row["aspect (w/h)"], = _q(here[:, 0]/np.maximum(here[:, 1], 1e-9), .5)
+    for what, wh in (("", here), (" in training", seen)):
+        a = area_class(wh.prod(1))
+        for i, s in enumerate(AREAS):
+            row[s+what] = float((a == i).sum()/n) if n else None
+    return row
