@@ -416,6 +416,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'crowdlens.core.yolo._save': ('core/yolo.html#_save', 'crowdlens/core/yolo.py'),
                                      'crowdlens.core.yolo._set_flaws': ('core/yolo.html#_set_flaws', 'crowdlens/core/yolo.py'),
                                      'crowdlens.core.yolo._some': ('core/yolo.html#_some', 'crowdlens/core/yolo.py'),
+                                     'crowdlens.core.yolo._stats': ('core/yolo.html#_stats', 'crowdlens/core/yolo.py'),
+                                     'crowdlens.core.yolo._table': ('core/yolo.html#_table', 'crowdlens/core/yolo.py'),
                                      'crowdlens.core.yolo._text_flaws': ('core/yolo.html#_text_flaws', 'crowdlens/core/yolo.py'),
                                      'crowdlens.core.yolo.flaw_table': ('core/yolo.html#flaw_table', 'crowdlens/core/yolo.py'),
                                      'crowdlens.core.yolo.index': ('core/yolo.html#index', 'crowdlens/core/yolo.py')},
