@@ -139,7 +139,7 @@ def _opens(b):
     "Whether a usual decoder gives a picture."
     return cv2.imdecode(np.frombuffer(b, np.uint8), 1) is not None
 
-# %% ../../nbs/core/plant.ipynb #73c568b3
+# %% ../../nbs/core/plant.ipynb #24aafbbd
 def _boxes(p) -> np.ndarray: # (N,5) class cx cy w h
     "The rows of label file `p`."
     return np.loadtxt(p, ndmin=2)[:,:5]
@@ -204,7 +204,7 @@ def _near_duplicate_box(s, i):
 def _not_utf8(s, i):  # a blank that is no blank, as Latin-1 writes it
     p = label_of(s.take()); b = p.read_bytes().splitlines()
     _put(p, b"\n".join([b[0] + b" \xa0", *b[1:]]) + b"\n")
-    return s.done(p, "not_utf8")
+    return [s.done(p, "not_utf8"), s.done(p, "wrong_columns", 1)]
 
 @_plants
 def _crlf(s, i):
@@ -212,7 +212,7 @@ def _crlf(s, i):
     _put(p, b"\xef\xbb\xbf" + b if i%2 else b.replace(b"\n", b"\r\n"))
     return s.done(p, "crlf")
 
-# %% ../../nbs/core/plant.ipynb #e227c585
+# %% ../../nbs/core/plant.ipynb #4d60d69c
 def _copy(s, p, split, data):
     "A copy of image `p` and its labels in `split`, with pixels `data`."
     q = s.root/split/"images"/f"{_renamed(p, 900_000)}.jpg"
@@ -237,9 +237,10 @@ def _near_duplicate_across_splits(s, i):
     return s.done(_copy(s, p, "val", data), "near_duplicate_across_splits")
 
 def _yaml(s, key, text):
-    "Add a line to data.yaml, under `key`: or, without it, at the end."
+    "Add a line to data.yaml, after `key:` and what stands below it."
     p = s.root/"data.yaml"; rows = p.read_text().splitlines()
     at = rows.index(f"{key}:") + 1 if f"{key}:" in rows else len(rows)
+    while at < len(rows) and rows[at].startswith("  "): at += 1
     _put(p, "\n".join([*rows[:at], text, *rows[at:]]).encode() + b"\n")
     return p
 
@@ -253,7 +254,8 @@ def _unused_name(s, i):
 @_plants
 def _bad_path(s, i):
     if i == 0: _yaml(s, "", "test:")
-    return s.done(_yaml(s, "test", f"  - nowhere_{i}/images"), "bad_path")
+    p = _yaml(s, "test", f"  - nowhere_{i}/images")
+    return Planted("test", s.name(p), 0, "bad_path")
 
 @_plants
 def _names_count(s, i):
@@ -261,7 +263,7 @@ def _names_count(s, i):
     n = sum(bool(re.match(r"  \d+:", l)) for l in p.read_text().splitlines())
     return s.done(_yaml(s, "", f"nc: {n + 1}"), "names_count")
 
-# %% ../../nbs/core/plant.ipynb #1a183f8c
+# %% ../../nbs/core/plant.ipynb #6607b02f
 def plant(
     root,  # a clean folder: train/ and val/ with images/ and labels/, data.yaml
     flaws,  # {flaw: count}, or one count for all
@@ -275,9 +277,12 @@ def plant(
     if need > len(s.left): raise InputError(
         f"{need} flaws need as many images, there are {len(s.left)}", root,
         fix="write more images or plant fewer flaws")
-    order = sorted(want, key=lambda k: ("_across_" not in k,
-        list(want).index(k)))  # these can only be planted in train
-    for k in order: out += [_PLANT[k](s, i) for i in range(want[k])]
+    order = sorted(want, key=lambda k: (  # what is choosy goes first
+        k != "unused_name", "_across_" not in k, list(want).index(k)))
+    for k in order:
+        for i in range(want[k]):
+            got = _PLANT[k](s, i)
+            out += got if isinstance(got, list) else [got]
     text = (s.root/"data.yaml").read_text().splitlines()
     at = {"bad_path": "test:", "names_count": "nc:"}
     out = [Planted(p.split, p.file, next(i for i,l in enumerate(text, 1)
