@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Rules', 'clip_row', 'clean_text', 'clean_labels']
 
-# %% ../../nbs/core/yolo_fix.ipynb #f48931ec
-import csv,math,os,shutil,tempfile
+# %% ../../nbs/core/yolo_fix.ipynb #23a75a2e
+import csv,os,re,shutil,tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from .files import InputError,atomic,show_path
@@ -49,33 +49,31 @@ def clip_row(words:list[str], # of one row: class, then numbers
 
 def _num(v): return f"{v:.9f}".rstrip("0").rstrip(".") or "0"
 
-# %% ../../nbs/core/yolo_fix.ipynb #a7ff74fb
+# %% ../../nbs/core/yolo_fix.ipynb #19c9e929
 def clean_text(data:bytes, # a label file
                flaws:dict,  # line -> flaws of that row; 0: of the file
                rules:Rules, polygons=(),  # lines that are polygons
     ) -> tuple:  # bytes; list of (line, change, flaw, before, after)
     "The cleaned label file, and what was changed."
-    out, log, ends = [], [], "crlf" in flaws.get(0, ())
+    out, log, head = [], [], flaws.get(0, ())
     if rules.text and data[:3] == b"\xef\xbb\xbf": data = data[3:]
-    for i, raw in enumerate(data.split(b"\n"), 1):
-        row = raw.rstrip(b"\r") if rules.text else raw
-        bad = flaws.get(i, ())
-        was = row.decode("utf-8", "backslashreplace").strip()
+    cut = re.split(rb"(\r\n|\r|\n)", data) + [b""]
+    for i, (row, end) in enumerate(zip(cut[::2], cut[1::2]), 1):
+        bad, was = flaws.get(i, ()), row.decode("utf-8", "backslashreplace")
         if why := rules.row(bad):
-            log.append((i, "dropped", why, was, "")); continue
+            log.append((i, "dropped", why, was.strip(), "")); continue
         if rules.clip and "past_edge" in bad:
             new = clip_row(was.split(), "polygon" if i in polygons else "box")
-            log.append((i, "clipped" if new else "dropped", "past_edge", was,
-                        " ".join(new or [])))
+            log.append((i, "clipped" if new else "dropped", "past_edge",
+                        was.strip(), " ".join(new or [])))
             if not new: continue
             row = " ".join(new).encode()
-        if rules.text and "not_utf8" in flaws.get(0, ()): row = row.decode(
+        if rules.text and "not_utf8" in head: row = row.decode(
             "latin-1").encode()
-        out.append(row)
-    for f in ("not_utf8", "crlf"):
-        if rules.text and f in flaws.get(0, ()): log.append(
-            (0, "rewritten", f, "", ""))
-    return b"\n".join(out), log
+        out += [row, b"\n" if rules.text and end else end]
+    log += [(0, "rewritten", f, "", "") for f in ("not_utf8", "crlf")
+            if rules.text and f in head]
+    return b"".join(out), log
 
 # %% ../../nbs/core/yolo_fix.ipynb #a599b7a5
 def clean_labels(dst, labels, flaws:dict, # new folder; (name, path) of files
