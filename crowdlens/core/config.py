@@ -14,7 +14,7 @@ from pydantic import TypeAdapter,ValidationError
 from ruamel.yaml import YAML,YAMLError
 from .files import InputError
 
-# %% ../../nbs/core/config.ipynb #04ed4ef8
+# %% ../../nbs/core/config.ipynb #8d7cbbab
 def _kind(kind, default):
     "A dataclass field of `kind`; lists and dicts are copied for each use."
     m = {"kind": kind}
@@ -22,15 +22,19 @@ def _kind(kind, default):
         return field(default_factory=lambda: type(default)(default), metadata=m)
     return field(default=default, metadata=m)
 
-def schedule(default):  # the field's default
+def schedule(
+    default,  # the field's default
+):
     "A field that a resumed run may raise, or change with `adjust`."
     return _kind("schedule", default)
 
-def machine(default):  # the field's default
+def machine(
+    default,  # the field's default
+):
     "A field that says where and how a run is computed, not what."
     return _kind("machine", default)
 
-# %% ../../nbs/core/config.ipynb #b1a97538
+# %% ../../nbs/core/config.ipynb #dc21953b
 @dataclass(kw_only=True)
 class Config:
     "What a stage needs to know; each stage adds its own fields."
@@ -52,7 +56,11 @@ class Config:
 
     def check(self): "Raise `InputError` for values that make no sense."
 
-def _to(typ, val, name):  # a type, a value, the field's name
+def _to(
+    typ,
+    val,
+    name,  # a type, a value, the field's name
+):
     "`val` as `typ`, or an `InputError` that names the field."
     if val is None and typ is str: val = ""
     try: return TypeAdapter(typ).validate_python(val)
@@ -60,10 +68,12 @@ def _to(typ, val, name):  # a type, a value, the field's name
         why = e.errors()[0]["msg"].removeprefix("Input should be ")
         raise InputError(f"{name}={val!r}: should be {why}") from None
 
-# %% ../../nbs/core/config.ipynb #cd3eda1b
-def make(cls, values:dict,  # a Config class; field name -> value
-         source=None,  # the file the values came from, for messages
-    ):
+# %% ../../nbs/core/config.ipynb #146ddc7b
+def make(
+    cls,  # a Config class
+    values:dict,  # field name -> value
+    source=None,  # the file the values came from, for messages
+):
     "`cls(**values)`, with the nearest name for one that is unknown."
     names = [f.name for f in fields(cls)]
     for n in values:
@@ -73,12 +83,17 @@ def make(cls, values:dict,  # a Config class; field name -> value
             f"{near[0]!r}?" if near else "there are: " + ", ".join(names))
     return cls(**values)
 
-def take(cls, ns:dict):  # a Config class; usually globals()
+def take(
+    cls,  # a Config class
+    ns:dict,  # usually globals()
+):
     "A `cls` whose fields are taken by name from `ns`, where they are there."
     return cls(**{f.name: ns[f.name] for f in fields(cls) if f.name in ns})
 
-# %% ../../nbs/core/config.ipynb #acf33b73
-def read_yaml(path) -> dict:  # a YAML file
+# %% ../../nbs/core/config.ipynb #581ef5f8
+def read_yaml(
+    path,  # a YAML file
+) -> dict:
     "The mapping in `path`; `InputError` with the line for one that is faulty."
     try: got = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise InputError("no such file", path) from None
@@ -91,7 +106,10 @@ def read_yaml(path) -> dict:  # a YAML file
     if not isinstance(got, dict): raise InputError("not a mapping", path)
     return got
 
-def parse(cls, pairs:list[str]) -> dict:  # a Config class; "name=value" texts
+def parse(
+    cls,  # a Config class
+    pairs:list[str],  # "name=value" texts
+) -> dict:
     "Field values from `pairs`, as they follow `-p`."
     types, out = typing.get_type_hints(cls), {}
     for p in pairs:
@@ -103,8 +121,10 @@ def parse(cls, pairs:list[str]) -> dict:  # a Config class; "name=value" texts
         out[n] = v
     return out
 
-# %% ../../nbs/core/config.ipynb #4820b86e
-def cell_values(path) -> dict:  # a notebook
+# %% ../../nbs/core/config.ipynb #a1e0bc33
+def cell_values(
+    path,  # a notebook
+) -> dict:
     "Name -> value of the cell tagged `parameters`."
     for c in json.loads(Path(path).read_text(encoding="utf-8"))["cells"]:
         if "parameters" not in c["metadata"].get("tags", []): continue
@@ -115,8 +135,10 @@ def cell_values(path) -> dict:  # a notebook
                 else s.targets[0].id: ast.literal_eval(s.value) for s in sets}
     raise InputError("no cell is tagged 'parameters'", path)
 
-# %% ../../nbs/core/config.ipynb #ab48b650
-def describe(cls) -> list[dict]:  # a Config class
+# %% ../../nbs/core/config.ipynb #dad7a092
+def describe(
+    cls,  # a Config class
+) -> list[dict]:
     "Name, type, default, kind and help of each field, in order."
     doc, types = {}, typing.get_type_hints(cls)
     for c in reversed(cls.__mro__[:-1]):
@@ -131,7 +153,10 @@ def describe(cls) -> list[dict]:  # a Config class
                  kind=f.metadata.get("kind", "identity"),
                  help=str(doc.get(f.name, ""))) for f in fields(cls)]
 
-def by_kind(cfg, kind:str) -> dict:  # a Config; identity, schedule or machine
+def by_kind(
+    cfg,  # a Config
+    kind:str,  # identity, schedule or machine
+) -> dict:
     "The fields of `cfg` that are of `kind`, by name."
     vals = asdict(cfg)
     return {f.name: vals[f.name] for f in fields(cfg)

@@ -32,9 +32,11 @@ def show_path(path) -> str:
     s = os.fsdecode(s).encode("utf-8", "backslashreplace").decode()
     return s.translate({i: f"\\x{i:02x}" for i in (*range(32), 127)})
 
-# %% ../../nbs/core/files.ipynb #29d0a21f
+# %% ../../nbs/core/files.ipynb #95b1d387
 @contextmanager
-def atomic(path):  # the target; its folder is made
+def atomic(
+    path,  # the target; its folder is made
+):
     "A temporary path beside `path` that replaces it when the block succeeds."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +64,10 @@ def _umask():
     m = os.umask(0); os.umask(m)
     return m
 
-# %% ../../nbs/core/files.ipynb #283fab47
-def plain(o):  # anything json may meet: NumPy, paths, tuples, sets, NaN
+# %% ../../nbs/core/files.ipynb #88a9371c
+def plain(
+    o,  # anything json may meet: NumPy, paths, tuples, sets, NaN
+):
     "`o` as plain Python values; NaN and infinities become None."
     if isinstance(o, dict): return {str(k): plain(v) for k,v in o.items()}
     if isinstance(o, (list, tuple)): return [plain(v) for v in o]
@@ -86,26 +90,32 @@ def read_json(path):
     except json.JSONDecodeError as e: raise InputError(
         f"not JSON: {e.msg} (column {e.colno})", path, e.lineno) from None
 
-# %% ../../nbs/core/files.ipynb #e3088fcf
+# %% ../../nbs/core/files.ipynb #4a4be385
 def checkout() -> Path|None:
     "The folder of the source checkout that crowdlens runs from, if it does."
     top = Path(__file__).resolve().parents[2]
     return top if (top/"settings.ini").is_file() else None
 
-def out_dir(out:str="") -> Path:  # the parameter `out`; empty: the default
+def out_dir(
+    out:str="",  # the parameter `out`; empty: the default
+) -> Path:
     "The folder that holds all runs, absolute."
     out = out or os.environ.get("CROWDLENS_OUT") or (checkout() or
                                                      Path.cwd())/"outputs"
     return Path(os.path.abspath(Path(out).expanduser()))
 
-def cache_dir(out:str="") -> Path:  # as for `out_dir`
+def cache_dir(
+    out:str="",  # as for `out_dir`
+) -> Path:
     "The folder of what outlives a run: indexes, cached features."
     return out_dir(out)/".cache"
 
-# %% ../../nbs/core/files.ipynb #edf8b8b1
-def safe_join(root, name:str, # a folder; a name found in data
-              source=None,  # the file that held the name, for the message
-    ) -> Path:
+# %% ../../nbs/core/files.ipynb #ca0ae0f0
+def safe_join(
+    root,  # a folder
+    name:str,  # a name found in data
+    source=None,  # the file that held the name, for the message
+) -> Path:
     "`root/name`; `InputError` when `name` is absolute or leaves `root`."
     parts = str(name).replace("\\", "/").split("/")
     bad = (not name or ".." in parts or "\0" in str(name) or not parts[0]

@@ -13,8 +13,10 @@ from fastcore.basics import patch
 from jinja2 import Environment
 from .files import atomic,show_path
 
-# %% ../../nbs/core/report.ipynb #0745a341
-def nice(v) -> str:  # any value
+# %% ../../nbs/core/report.ipynb #c8823fb6
+def nice(
+    v,  # any value
+) -> str:
     "`v` as a person wants to read it."
     if v is None: return "–"
     if isinstance(v, bool): return "yes" if v else "no"
@@ -61,7 +63,7 @@ _page = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 {% endfor %}</body></html>
 """
 
-# %% ../../nbs/core/report.ipynb #5b3f0293
+# %% ../../nbs/core/report.ipynb #6e998ea1
 class Report:
     "A page that is built from top to bottom."
     def __init__(self, title:str, promise:str=""):
@@ -77,7 +79,10 @@ class Report:
         "A paragraph."
         return self._add(f'<p class="{kind}">{_inline(text)}</p>')
 
-    def cards(self, figures:dict):  # label -> value
+    def cards(
+        self,
+        figures:dict,  # label -> value
+    ):
         "Key figures, large, side by side."
         cells = "".join(f"<div><b>{_esc(nice(v))}</b>"
             f'<span class="dim">{_esc(k)}</span></div>'
@@ -105,7 +110,7 @@ def _inline(s):
     s = re.sub(r"`([^`]+)`", r"<code>\1</code>", _esc(s))
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", s)
 
-# %% ../../nbs/core/report.ipynb #12c2c28f
+# %% ../../nbs/core/report.ipynb #66f798cd
 def table_html(rows,  # list of dicts, or of lists with `head`
                head=None,  # column titles; default: the keys of the first row
                most:int=200,  # rows shown; how many are left out is said
@@ -129,7 +134,9 @@ def table_html(rows,  # list of dicts, or of lists with `head`
     return (f'<div class="scroll"><table><thead><tr>{ths}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>{more}")
 
-def picture_uri(pic) -> str:  # a file, a matplotlib figure or (H,W,3) uint8 RGB
+def picture_uri(
+    pic,  # a file, a matplotlib figure or (H,W,3) uint8 RGB
+) -> str:
     "`pic` as a data URI."
     if hasattr(pic, "savefig"):
         buf = io.BytesIO(); pic.savefig(buf, format="png", dpi=110)
@@ -143,7 +150,7 @@ def picture_uri(pic) -> str:  # a file, a matplotlib figure or (H,W,3) uint8 RGB
         data = Path(pic).read_bytes()
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
-# %% ../../nbs/core/report.ipynb #50b8580b
+# %% ../../nbs/core/report.ipynb #93a20df1
 @patch
 def table(self:Report, rows, head=None, most:int=200):
     "A table, see `table_html`."
@@ -161,7 +168,11 @@ def picture(self:Report, pic,  # see `picture_uri`
     return self._add(f"<figure>{tag}{cap}</figure>")
 
 @patch
-def fold(self:Report, title:str, inner:str):  # a title, HTML
+def fold(
+    self:Report,
+    title:str,
+    inner:str,  # a title, HTML
+):
     "HTML that opens at a click."
     return self._add(f"<details><summary>{_esc(title)}</summary>"
                      f"{inner}</details>")

@@ -6,13 +6,14 @@
 __all__ = ['versions', 'commit', 'device', 'cores', 'rank', 'Result', 'Run', 'lock', 'load_result', 'history', 'bar', 'room',
            'seed_all', 'rng_state', 'set_rng_state', 'settings', 'assets', 'profile_values', 'profiles', 'main']
 
-# %% ../../nbs/core/runs.ipynb #887932f6
-import importlib.metadata,json,os,platform,shutil,subprocess,sys,time
+# %% ../../nbs/core/runs.ipynb #7a7e4b81
+import importlib.metadata,importlib.util,json,os,platform,shutil
+import subprocess,sys,time
 import errno,random,traceback
 from dataclasses import asdict,dataclass,field
 from pathlib import Path
 import numpy as np
-import tqdm.auto,tqdm.std
+import tqdm.std
 from fastcore.basics import patch
 from filelock import FileLock,Timeout
 from . import config
@@ -112,8 +113,11 @@ class Run:
             if err is not None: self._failed(kind, err)
         finally: self._lock.release()
 
-# %% ../../nbs/core/runs.ipynb #ea6b5f8c
-def lock(folder, name:str=".lock") -> FileLock:  # a run's folder; the file
+# %% ../../nbs/core/runs.ipynb #19971546
+def lock(
+    folder,  # a run's folder
+    name:str=".lock",  # the file
+) -> FileLock:
     "The folder's lock, taken; `InputError` when another process has it."
     got = FileLock(Path(folder)/name, timeout=0, fallback_to_soft=False)
     try: return got.acquire() and got
@@ -155,7 +159,7 @@ def _failed(self:Run, kind, err):
         err.filename or self.folder, fix="free some space and start the same "
         "command again: what was finished is kept") from err
 
-# %% ../../nbs/core/runs.ipynb #d891a0af
+# %% ../../nbs/core/runs.ipynb #93e10678
 @patch
 def _open(self:Run):
     "Compare with an earlier start, write config.json, find a result."
@@ -184,7 +188,10 @@ def _record(self:Run) -> dict:
             device=device(), versions=versions())])
 
 @patch
-def _compare(self:Run, old:dict) -> list:  # settings of the earlier start
+def _compare(
+    self:Run,
+    old:dict,  # settings of the earlier start
+) -> list:
     "Schedule fields that were raised; `InputError` for other differences."
     was = plain(old)
     def diff(kind): return {k: (was.get(k), v) for k,v in
@@ -203,7 +210,9 @@ def _compare(self:Run, old:dict) -> list:  # settings of the earlier start
         self.folder, fix="-p adjust=true accepts the change")
     return [f"{k} from {a!r} to {b!r}" for k,(a,b) in sched.items()]
 
-def load_result(folder) -> Result:  # a run's folder
+def load_result(
+    folder,  # a run's folder
+) -> Result:
     "The `Result` of a finished run."
     folder = Path(folder)
     if not (folder/"metrics.json").exists(): raise InputError(
@@ -212,7 +221,7 @@ def load_result(folder) -> Result:  # a run's folder
              if (folder/"result.json").exists() else {})
     return Result(folder, read_json(folder/"metrics.json"), **extra)
 
-# %% ../../nbs/core/runs.ipynb #d8e7e161
+# %% ../../nbs/core/runs.ipynb #5cbf336e
 @patch
 def _write(self:Run, text:str):
     "Append `text` to log.txt, with the time."
@@ -220,19 +229,28 @@ def _write(self:Run, text:str):
         f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 @patch
-def log(self:Run, text:str):  # a line
+def log(
+    self:Run,
+    text:str,  # a line
+):
     "Print `text` and keep it in log.txt; rank 0 alone."
     if self.main: print(text, flush=True); self._write(text)
 
 @patch
-def track(self:Run, step:int, **figures):  # a step or epoch; its figures
+def track(
+    self:Run,
+    step:int,  # a step or epoch
+    **figures,  # its figures
+):
     "Append a row to history.jsonl, from which curves are drawn."
     if not self.main: return
     row = json.dumps(plain(dict(step=step, **figures)))
     with open(self.folder/"history.jsonl", "a", encoding="utf-8") as f:
         f.write(row + "\n")
 
-def history(folder) -> list[dict]:  # a run's folder
+def history(
+    folder,  # a run's folder
+) -> list[dict]:
     "Rows of history.jsonl; a step written again replaces the rows after it."
     path, rows = Path(folder)/"history.jsonl", {}
     if not path.exists(): return []
@@ -248,10 +266,16 @@ def bar(it, desc:str="", total:int|None=None, unit:str="it"):
     if os.environ.get("CROWDLENS_BATCH") or rank():
         return tqdm.std.tqdm(it, desc, total, unit=unit, mininterval=10,
                              disable=rank() > 0, dynamic_ncols=False, ncols=80)
-    return tqdm.auto.tqdm(it, desc, total, unit=unit, leave=False,
-                          disable=bool(os.environ.get("IN_TEST")))
+    if importlib.util.find_spec("ipywidgets"): from tqdm.auto import tqdm as t
+    else: t = tqdm.std.tqdm
+    return t(it, desc, total, unit=unit, leave=False,
+             disable=bool(os.environ.get("IN_TEST")))
 
-def room(path, need:int, what:str=""):  # a folder; bytes; what they are for
+def room(
+    path,  # a folder
+    need:int,  # bytes
+    what:str="",  # what they are for
+):
     "Raise `InputError` unless the disk of `path` has `need` bytes free."
     p = Path(path)
     while not p.exists(): p = p.parent
@@ -260,9 +284,13 @@ def room(path, need:int, what:str=""):  # a folder; bytes; what they are for
         f"{what or 'this run'} needs {need/1e9:.1f} GB, {free/1e9:.1f} GB "
         "are free", p, fix="free some space or name another folder by --out")
 
-# %% ../../nbs/core/runs.ipynb #8d965e67
+# %% ../../nbs/core/runs.ipynb #a5228fc6
 @patch
-def figure(self:Run, name:str, pic):  # a matplotlib figure or an RGB array
+def figure(
+    self:Run,
+    name:str,
+    pic,  # a matplotlib figure or an RGB array
+):
     "Keep `pic` as figures/`name`.png or .jpg; gives its path."
     jpg = not hasattr(pic, "savefig")
     path = self.folder/"figures"/f"{name}.{'jpg' if jpg else 'png'}"
@@ -368,8 +396,10 @@ def _prune(self:Run, keep:int):
     for p in [p for p in done if p.resolve() not in held][:-keep or None]:
         shutil.rmtree(p)
 
-# %% ../../nbs/core/runs.ipynb #0b17babc
-def seed_all(seed:int):  # a run's seed
+# %% ../../nbs/core/runs.ipynb #1b566141
+def seed_all(
+    seed:int,  # a run's seed
+):
     "Seed Python, NumPy and torch."
     import torch
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -383,7 +413,9 @@ def rng_state() -> dict:
     if torch.cuda.is_available(): out["cuda"] = torch.cuda.get_rng_state_all()
     return out
 
-def set_rng_state(s:dict):  # from `rng_state`
+def set_rng_state(
+    s:dict,  # from `rng_state`
+):
     "Put the random states back."
     import torch
     random.setstate((s["python"][0], tuple(s["python"][1]), s["python"][2]))
@@ -405,9 +437,14 @@ def resume(self:Run) -> tuple|None:
     self.log(f"resumes after {last.resolve().name}")
     return load_file(last/"model.safetensors"), state
 
-# %% ../../nbs/core/runs.ipynb #dd30855a
-def settings(stage:str, cls,  # "01_audit"; its Config class
-             profile:str="", pairs:tuple=(), **fixed) -> dict:
+# %% ../../nbs/core/runs.ipynb #ed7afd7b
+def settings(
+    stage:str,  # as "01_audit"
+    cls,  # its Config class
+    profile:str="",  # a profile's name, or a YAML file
+    pairs:tuple=(),  # "name=value" texts
+    **fixed,  # values that win over all others; None is left out
+) -> dict:
     "Defaults, then `profile`, `pairs`, `fixed`; checked, every field."
     vals = dict(name=Path(profile).stem if profile else "run")
     if profile: vals |= profile_values(stage, profile)
@@ -419,7 +456,10 @@ def assets() -> Path:
     "The folder that holds nbs/ and data/: the checkout, or the wheel's copy."
     return checkout() or Path(config.__file__).parents[1]/"_assets"
 
-def profile_values(stage:str, profile:str) -> dict:  # a name, or a YAML file
+def profile_values(
+    stage:str,
+    profile:str,  # a name, or a YAML file
+) -> dict:
     "Values of a profile; `smoke` is the notebook's own parameters cell."
     if profile == "smoke":
         return config.cell_values(assets()/"nbs"/f"{stage}.ipynb")
@@ -436,7 +476,10 @@ def profiles(stage:str) -> list[str]:
     found = (assets()/"nbs"/"params").glob(f"{stage}.*.yaml")
     return ["smoke"] + sorted(p.name.split(".")[-2] for p in found)
 
-def main(ns:dict, argv:list|None=None):  # a module's `globals()`
+def main(
+    ns:dict,  # a module's `globals()`
+    argv:list|None=None,  # arguments; default: sys.argv
+):
     "Run a stage that was started by `python -m` or `torchrun -m`."
     if ns.get("__name__") != "__main__" or ns.get("__spec__") is None: return
     import argparse
