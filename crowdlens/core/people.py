@@ -6,8 +6,8 @@
 __all__ = ['ACTIONS', 'X', 'Y', 'Z', 'HEAD', 'SPEED', 'TX', 'TY', 'WANT', 'MODE', 'T0', 'T1', 'ARM', 'A0', 'A1', 'GAIT', 'COUNT',
            'HAND', 'RATE', 'BALL', 'STAND', 'WALK', 'JUMP', 'WAVE', 'SERVE', 'FETCH', 'HOP', 'SERVE_T', 'TOSS', 'HIT',
            'PELVIS', 'HIP', 'KNEE', 'ANKLE', 'TOE', 'WAIST', 'RIB', 'SHOULDER', 'ELBOW', 'HANDS', 'TIP', 'NECK', 'CHIN',
-           'CROWN', 'HAIR', 'TAIL', 'JOINTS', 'LIMBS', 'make_bodies', 'make_dress', 'make_people', 'step_people',
-           'pose_people', 'place_person', 'cast_shadow']
+           'CROWN', 'HAIR', 'TAIL', 'CHEST', 'JOINTS', 'LIMBS', 'make_bodies', 'make_dress', 'make_people',
+           'step_people', 'pose_people', 'place_person', 'cast_shadow']
 
 # %% ../../nbs/core/people.ipynb #9add24ca
 import math
@@ -267,11 +267,11 @@ def _limb(J, i, j, k, a, b, fa, fb, side, l1, l2, cos, sin):
         J[m, 1] = J[o, 1] + l*(f*sin + y*cos)
         J[m, 2] = J[o, 2] + l*z
 
-# %% ../../nbs/core/people.ipynb #d4f518f2
+# %% ../../nbs/core/people.ipynb #28a5c93b
 PELVIS, HIP, KNEE, ANKLE, TOE, WAIST, RIB, SHOULDER, ELBOW, HANDS, TIP = (
     0, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19) # the left one; the right follows
-NECK, CHIN, CROWN, HAIR, TAIL = 21, 22, 23, 24, 25
-JOINTS = 26
+NECK, CHIN, CROWN, HAIR, TAIL, CHEST = 21, 22, 23, 24, 25, 26
+JOINTS = 27
 
 @njit(cache=True)
 def _at(J, k, s, forward, left, up, cos, sin):
@@ -305,7 +305,7 @@ def _pose_legs(J, s, body, t, cos, sin):
     _at(J, PELVIS, s, 0., 0., up + .02*h, cos, sin)
     return up
 
-# %% ../../nbs/core/people.ipynb #1817d53d
+# %% ../../nbs/core/people.ipynb #85a94e23
 @njit(cache=True)
 def _pose_trunk(J, s, body, t, up, cos, sin):
     "Joints of torso, head and arms above a pelvis at height `up`."
@@ -317,9 +317,9 @@ def _pose_trunk(J, s, body, t, up, cos, sin):
     for n in range(2):
         side = 1. - 2.*n
         _at(J, WAIST + n, s, .05*h*f, side*.042*h*g, up + .05*h*z, cos, sin)
-        _at(J, RIB + n, s, .25*h*f, side*.052*h*g, up + .235*h*z, cos, sin)
-        _at(J, SHOULDER + n, s, .285*h*f, side*.103*h*(.6 + .4*g),
-            up + .285*h*z, cos, sin)
+        _at(J, RIB + n, s, .25*h*f, side*.055*h*g, up + .242*h*z, cos, sin)
+        _at(J, SHOULDER + n, s, .28*h*f, side*.101*h*(.6 + .4*g),
+            up + .28*h*z, cos, sin)
         q = _arm_angles(s, t, side)
         _limb(J, SHOULDER + n, ELBOW + n, HANDS + n, q[0], q[1], q[2], q[3],
               side, .165*h, .145*h, cos, sin)
@@ -327,7 +327,8 @@ def _pose_trunk(J, s, body, t, up, cos, sin):
             J[TIP + n, c] = (J[HANDS + n, c] + .28*(J[HANDS + n, c]
                                                    - J[ELBOW + n, c]))
     nod = .25*f
-    _at(J, NECK, s, .31*h*f, 0., up + .315*h*z, cos, sin)
+    _at(J, CHEST, s, .09*h*f, 0., up + .075*h*z, cos, sin)
+    _at(J, NECK, s, .295*h*f, 0., up + .297*h*z, cos, sin)
     _at(J, CHIN, s, .37*h*f + .012*h, 0., up + .385*h*z, cos, sin)
     _at(J, CROWN, s, .41*h*f + .016*h + .01*nod, 0., up + .425*h*z, cos, sin)
     _at(J, HAIR, s, .42*h*f - .008*h, 0., up + .432*h*z, cos, sin)
@@ -346,7 +347,7 @@ def pose_people(
         up = _pose_legs(J[i], S[i], bodies[i], t, cos, sin)
         _pose_trunk(J[i], S[i], bodies[i], t, up, cos, sin)
 
-# %% ../../nbs/core/people.ipynb #85f1e12a
+# %% ../../nbs/core/people.ipynb #a3014c9f
 _SK, _HR, _SH, _PT, _FT, _BD = 0, 1, 2, 3, 4, 5 # rows of the dress
 # joint a, b, radius a, b, colour, second colour, split (1 sleeve, 2 trousers,
 # 3 trousers below the knee, 4 none), part, behind by (metres)
@@ -358,9 +359,10 @@ LIMBS = np.array([
     (HIP, KNEE, .050, .034, _PT, _SK, 2, 0, 0),
     (HIP + 1, KNEE + 1, .050, .034, _PT, _SK, 2, 0, 0),
     (HIP, HIP + 1, .054, .054, _PT, _PT, 4, 0, 0),
-    (WAIST, RIB, .052, .058, _SH, _SH, 4, 0, 0),
-    (WAIST + 1, RIB + 1, .052, .058, _SH, _SH, 4, 0, 0),
-    (SHOULDER, SHOULDER + 1, .036, .036, _SH, _SH, 4, 0, -.02),
+    (WAIST, RIB, .050, .057, _SH, _SH, 4, 0, .01),
+    (WAIST + 1, RIB + 1, .050, .057, _SH, _SH, 4, 0, .01),
+    (NECK, SHOULDER, .030, .034, _SH, _SH, 4, 0, .0),
+    (NECK, SHOULDER + 1, .030, .034, _SH, _SH, 4, 0, .0),
     (NECK, CHIN, .030, .028, _SK, _SK, 4, 0, .06),
     (SHOULDER, ELBOW, .032, .026, _SH, _SK, 1, 0, 0),
     (SHOULDER + 1, ELBOW + 1, .032, .026, _SH, _SK, 1, 0, 0),
@@ -371,8 +373,8 @@ LIMBS = np.array([
     (CHIN, CROWN, .047, .052, _SK, _SK, 4, 1, 0),
     (HAIR, HAIR, .057, .057, _HR, _HR, 4, 1, 0),
     (HAIR, TAIL, .045, .022, _HR, _HR, 4, 0, .01),
-    (PELVIS, NECK, .055, .05, _SH, _SH, 4, 0, .02)], float)
-_SHADOW = np.array([0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 14, 17])
+    (CHEST, NECK, .064, .048, _SH, _SH, 4, 0, -.015)], float)
+_SHADOW = np.array([0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 18])
 
 # %% ../../nbs/core/people.ipynb #ca36c6d7
 @njit(cache=True)
