@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGES', 'BOXES', 'FLAW_ROWS', 'BATCH', 'flaw_table', 'Index', 'index', 'YoloCoco']
 
-# %% ../../nbs/core/yolo.ipynb #2cd881d6
+# %% ../../nbs/core/yolo.ipynb #5b1e2820
 import hashlib,json,os,uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from .files import InputError,atomic,cache_dir
 from .images import header,read_image
-from crowdlens.core.yolo_rows import (KINDS,REASONS,_BOM,_CRLF,_HIGH,
-    check_rows,read_rows)
+from .yolo_rows import (KINDS,REASONS,_BOM,_CRLF,_HIGH,
+    check_rows,pose_words,read_rows)
 from .yolo_set import FLAWS,YoloSet,read_set,scan
 
 # %% ../../nbs/core/yolo.ipynb #feea8cdc
@@ -40,7 +40,7 @@ def flaw_table(rows) -> pa.Table:  # (split, file, line, flaw, detail[, value])
     return pa.table([pa.array(c, f.type) for c,f in zip(cols, FLAW_ROWS)],
                     schema=FLAW_ROWS)
 
-# %% ../../nbs/core/yolo.ipynb #921a3f27
+# %% ../../nbs/core/yolo.ipynb #a4cb51e4
 def _open_image(path):
     "(width, height, exif, what failed) of the image at `path`."
     try: return *header(path), ""
@@ -58,29 +58,29 @@ def _read_bytes(path):
 
 def _full(ys, f):
     "`ys.path(f)` as text."
-    return os.path.join(ys.root, f) if f.isascii() else str(ys.path(f))
+    return f"{ys.root}/{f}" if f.isascii() and f[0] != "/" else str(ys.path(f))
 
 def _batch(ys, split, files, labels):
     "(image arrays, box arrays, flaws) of a batch of images."
     heads = [_open_image(_full(ys, f)) for f in files]
     size = np.array([h[:3] for h in heads], np.int32).reshape(-1, 3)
     have = [i for i,l in enumerate(labels) if l]
-    r = read_rows([_read_bytes(_full(ys, labels[i])) for i in have])
+    pose = pose_words(ys.kpt_shape)
+    r = read_rows([_read_bytes(_full(ys, labels[i])) for i in have], pose)
     image = np.array(have, np.int32)[r.file]
-    b = check_rows(r, ys.names, size[image, :2], ys.kpt_shape)
+    b = check_rows(r, ys.names, size[image, :2], pose)
     n = np.bincount(image, minlength=len(files)).astype(np.int32)
     flaws = [*_file_flaws(files, labels, heads, n),
              *_text_flaws([labels[i] for i in have], r, ys),
              *_row_flaws([labels[i] for i in have], r, b)]
     status = [("rows" if k else "empty") if l else "missing"
               for k,l in zip(n, labels)]
-    c = b.boxes_cxcywh_rel.T
     return (dict(width=size[:, 0], height=size[:, 1], exif=size[:, 2],
                  status=status, n_rows=n),
-            [image, r.line, b.cls, *c, b.conf, b.kind, b.ok],
+            [image, r.line, b.cls, *b.boxes_cxcywh_rel, b.conf, b.kind, b.ok],
             [("" if split is None else split, *f) for f in flaws])
 
-# %% ../../nbs/core/yolo.ipynb #0ecd4a92
+# %% ../../nbs/core/yolo.ipynb #b52da24f
 def _file_flaws(files, labels, heads, n):
     "Flaws of whole images and labels: (file, line, flaw, detail)."
     for f,l,h,k in zip(files, labels, heads, n):
@@ -109,7 +109,7 @@ def _row_flaws(labels, r, b):
         class_not_integer=lambda i: "the class is a word" if r.odd[i] & 2
             else f"class {r.v[i, 0]:g}",
         class_out_of_range=lambda i: f"class {r.v[i, 0]:.0f}",
-        zero_size=lambda i: "w {:g}, h {:g}".format(*b.boxes_cxcywh_rel[i, 2:]),
+        zero_size=lambda i: "w {:g}, h {:g}".format(*b.boxes_cxcywh_rel[2:, i]),
         past_edge=lambda i: f"{b.past[i]:.1f} px past the edge")
     for i in np.flatnonzero(b.reason):
         why = REASONS[b.reason[i]]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FLAWS', 'YoloSet', 'read_set', 'Scan', 'scan']
 
-# %% ../../nbs/core/yolo_set.ipynb #34ee2f33
+# %% ../../nbs/core/yolo_set.ipynb #6dbf1afd
 import os,re
 from dataclasses import dataclass,field
 from pathlib import Path
 from .config import read_yaml
 from .files import InputError
-from .images import is_image
+from .images import SUFFIXES,is_image
 
 # %% ../../nbs/core/yolo_set.ipynb #7da7751a
 FLAWS = dict(
@@ -212,7 +212,10 @@ def _checked(ys):
         f"nc is {ys.nc}, names are {len(ys.names)}"))
     return ys
 
-# %% ../../nbs/core/yolo_set.ipynb #1c576493
+# %% ../../nbs/core/yolo_set.ipynb #e88c44ec
+_NONE = (0, 0)
+_EXT = frozenset(e[1:] for e in (*SUFFIXES, ".txt"))
+
 def _list(folder):
     "({file name: (bytes, mtime_ns)}, folder names) of one folder."
     files, subs = {}, []
@@ -220,13 +223,13 @@ def _list(folder):
         for e in it:
             n = e.name
             if n[0] == ".": continue
-            if n[-4:] != ".txt" and not is_image(n):
-                if e.is_dir(): subs.append(n)
-                continue
-            try:
-                if e.is_dir(): subs.append(n); continue
-                s = e.stat(); files[n] = (s.st_size, s.st_mtime_ns)
-            except OSError: files[n] = (0, 0)  # a link that leads nowhere
+            dot = n.rfind(".")
+            if dot > 0 and n[dot+1:].lower() in _EXT:
+                try: s = e.stat()
+                except OSError: files[n] = _NONE; continue  # a dead link
+                if s.st_mode >> 12 != 4:  # no folder
+                    files[n] = (s.st_size, s.st_mtime_ns); continue
+            if e.is_dir(): subs.append(n)
     return files, subs
 
 def _tree(top, seen):
@@ -251,7 +254,7 @@ def _label_folder(folder):
             if os.path.isdir(p): return p
     return folder
 
-# %% ../../nbs/core/yolo_set.ipynb #f278dff5
+# %% ../../nbs/core/yolo_set.ipynb #b7280ac7
 @dataclass
 class Scan:
     "The images of a split, sorted by name, and their labels."
@@ -264,11 +267,12 @@ class Scan:
 
 _NOT_LABELS = {"classes", "train", "val", "valid", "test", "labels",
                "predefined_classes", "obj", "readme", "license"}
-_NONE = (0, 0)
 
 class _Scanner:
     "Lists folders once each, whatever asks for them."
-    def __init__(self): self.seen, self.folders, self.rows = set(), {}, {}
+    def __init__(self, ys):
+        self.ys, self.seen, self.folders = ys, set(), {}
+        self.rows, self.used = {}, {}
 
     def folder(self, path):
         "The files of one folder."
@@ -278,14 +282,22 @@ class _Scanner:
                 self.folders[path] = {}
         return self.folders[path]
 
+    def prefix(self, folder):
+        "What stands before the file names of `folder`, and how to write them."
+        p = self.ys.name(f"{folder}/x")[:-1]
+        return p, lambda n: n if n.isascii() else n.translate(_CHARS)
+
     def add(self, folder, names):
         "Enter the images `names` of `folder`."
         files, at = self.folder(folder), _label_folder(folder)
-        labels = self.folder(at)
+        labels, used = self.folder(at), self.used.setdefault(at, set())
+        (a, text), (b, _) = self.prefix(folder), self.prefix(at)
         for n in names:
             t = n[:n.rindex(".")] + ".txt"
-            self.rows[f"{folder}{os.sep}{n}"] = (files[n],
-                f"{at}{os.sep}{t}" if t in labels else "", labels.get(t, _NONE))
+            if t in labels:
+                used.add(t)
+                self.rows[a + text(n)] = files[n], b + text(t), labels[t]
+            else: self.rows[a + text(n)] = files[n], "", _NONE
 
     def tree(self, top):
         "Enter every image at and below `top`."
@@ -293,17 +305,17 @@ class _Scanner:
             self.folders[folder] = files
             self.add(folder, [n for n in files if n[-4:] != ".txt"])
 
-    def orphans(self):
-        "Label files without an image, of the folders that labels came from."
-        out, stems = set(), {}
-        for f in [f for f in self.folders if self.folders[f]]:
-            stems.setdefault(_label_folder(f), set()).update(
-                n[:n.rindex(".")] for n in self.folders[f] if n[-4:] != ".txt")
-        for at, have in stems.items():
-            out |= {f"{at}{os.sep}{n}" for n in self.folder(at)
-                    if n[-4:] == ".txt" and n[:-4] not in have
-                    and n[:-4].lower() not in _NOT_LABELS}
-        return sorted(out)
+# %% ../../nbs/core/yolo_set.ipynb #a7792d37
+def _orphans(sc):
+    "Label files without an image, of the folders that labels came from."
+    left = {at: {n[:-4] for n in sc.folder(at).keys() - used
+                 if n[-4:] == ".txt" and n[:-4].lower() not in _NOT_LABELS}
+            for at,used in sc.used.items()}
+    if any(left.values()):  # images that a list of files passes over
+        for f in list(sc.folders): left.get(_label_folder(f), set()
+            ).difference_update(n[:n.rindex(".")] for n in sc.folders[f]
+                                if n[-4:] != ".txt")
+    return sorted(sc.ys.name(f"{at}/{n}.txt") for at in left for n in left[at])
 
 # %% ../../nbs/core/yolo_set.ipynb #e3151eb1
 def _read_list(sc, ys, path, split, flaws):
@@ -329,25 +341,19 @@ def _list_folder(at, name, here, root):
     p = _beside(root, f"{at}/{name}")
     return str(p.parent) if p else None
 
-# %% ../../nbs/core/yolo_set.ipynb #57e7c51c
+# %% ../../nbs/core/yolo_set.ipynb #0e8b3a3c
 def scan(ys:YoloSet, split=None) -> Scan:  # a set; one of its splits
     "The images and labels of `split` as they lie on disk now."
-    split, sc, flaws = ys.split(split), _Scanner(), []
+    split, sc, flaws = ys.split(split), _Scanner(ys), []
     try:
         for p in ys.splits[split]:
             if p.is_dir(): sc.tree(str(p))
             elif is_image(p.name): sc.add(str(p.parent), [p.name])
             else: _read_list(sc, ys, p, split, flaws)
-        orphans = [ys.name(p) for p in sc.orphans()]
+        orphans = _orphans(sc)
     except PermissionError as e: raise InputError("may not be read",
         e.filename, fix="change its permissions") from None
-    rows = sorted((_short(ys, p), r) for p,r in sc.rows.items())
-    return Scan([p for p,_ in rows], [r[0] for _,r in rows],
-                [r[1] and _short(ys, r[1]) for _,r in rows],
-                [r[2] for _,r in rows], orphans, flaws)
-
-def _short(ys, p):
-    "`ys.name(p)` of a path that is normal already."
-    n = len(str(ys.root)) + 1
-    if p[:n] != f"{ys.root}{os.sep}": return p if p.isascii() else ys.name(p)
-    return p[n:] if p.isascii() else p[n:].translate(_CHARS)
+    files = sorted(sc.rows)
+    rows = [sc.rows[f] for f in files]
+    return Scan(files, *map(list, zip(*rows) if rows else ([],)*3), orphans,
+                flaws)
