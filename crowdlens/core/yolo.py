@@ -311,17 +311,15 @@ def index(root, # a folder, a description of a set, or a YoloSet
         (k, "ascending") for k in ("file", "line", "flaw")])
     return Index(ys, split, images, boxes, flaws, int((row < 0).sum()))
 
-# %% ../../nbs/core/yolo.ipynb #319692cc
+# %% ../../nbs/core/yolo.ipynb #43df6f3c
 def _set_flaws(ys, split, sc, boxes):
     "Flaws that belong to no image: of the description, lists and orphans."
     yield from sc.flaws
     for f in sc.orphans: yield split, f, 0, "orphan_label", "no such image"
-    first = next(iter(ys.splits))
-    for s, *f in ys.flaws:
-        if s == split or (split == first and s not in ys.splits): yield s, *f
+    if split == next(iter(ys.splits)): yield from ys.flaws
     cls = boxes["cls"].to_numpy()
     if len(cls) and (n := (cls > max(ys.names)).sum()) > len(cls)/10: yield (
-        split, ys.name(ys.source), 0, "names_count", f"{n} rows have a class "
+        None, ys.name(ys.source), 0, "names_count", f"{n} rows have a class "
         f"up to {cls.max()}, names end at {max(ys.names)}")
 
 # %% ../../nbs/core/yolo.ipynb #00d3ffa0

@@ -109,7 +109,7 @@ def _read_names(path):
     while lines and not lines[-1]: lines.pop()
     return _names(lines, path)
 
-# %% ../../nbs/core/yolo_set.ipynb #1eba3b0d
+# %% ../../nbs/core/yolo_set.ipynb #92374d0c
 _KEYS = dict(train="train", val="val", valid="val", validation="val",
              test="test")
 
@@ -124,14 +124,14 @@ def _from_yaml(path):
     for key, split in _KEYS.items():
         todo = got.get(key) or []
         for text in todo if isinstance(todo, list) else [todo]:
-            p = _locate(ys, key, str(text), base, split)
+            p = _locate(ys, key, str(text), base)
             if p: ys.splits.setdefault(split, []).append(p)
     return ys
 
-def _locate(ys, key, text, base, split=None):
+def _locate(ys, key, text, base):
     "The path `text` of the description, or None; notes one that is not there."
     p, ok = _resolve(text, base, ys.root)
-    if not ok: ys.flaws.append((split, ys.name(ys.source), _line(
+    if not ok: ys.flaws.append((None, ys.name(ys.source), _line(
         ys.source, key), "bad_path", f"{key}: {text} " + (
         f"was found as {ys.name(p)}" if p else "leads nowhere")))
     return p
@@ -212,9 +212,8 @@ def _checked(ys):
         f"nc is {ys.nc}, names are {len(ys.names)}"))
     return ys
 
-# %% ../../nbs/core/yolo_set.ipynb #e88c44ec
+# %% ../../nbs/core/yolo_set.ipynb #e20ce28f
 _NONE = (0, 0)
-_EXT = frozenset(e[1:] for e in (*SUFFIXES, ".txt"))
 
 def _list(folder):
     "({file name: (bytes, mtime_ns)}, folder names) of one folder."
@@ -224,7 +223,7 @@ def _list(folder):
             n = e.name
             if n[0] == ".": continue
             dot = n.rfind(".")
-            if dot > 0 and n[dot+1:].lower() in _EXT:
+            if n[-4:] == ".txt" or dot > 0 and n[dot:].lower() in SUFFIXES:
                 try: s = e.stat()
                 except OSError: files[n] = _NONE; continue  # a dead link
                 if s.st_mode >> 12 != 4:  # no folder
