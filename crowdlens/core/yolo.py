@@ -311,12 +311,14 @@ def index(root, # a folder, a description of a set, or a YoloSet
         (k, "ascending") for k in ("file", "line", "flaw")])
     return Index(ys, split, images, boxes, flaws, int((row < 0).sum()))
 
-# %% ../../nbs/core/yolo.ipynb #43df6f3c
+# %% ../../nbs/core/yolo.ipynb #abe297f0
 def _set_flaws(ys, split, sc, boxes):
     "Flaws that belong to no image: of the description, lists and orphans."
     yield from sc.flaws
     for f in sc.orphans: yield split, f, 0, "orphan_label", "no such image"
-    if split == next(iter(ys.splits)): yield from ys.flaws
+    first = split == next(iter(ys.splits))
+    for s, *f in ys.flaws:
+        if s == split or (first and s not in ys.splits): yield s, *f
     cls = boxes["cls"].to_numpy()
     if len(cls) and (n := (cls > max(ys.names)).sum()) > len(cls)/10: yield (
         None, ys.name(ys.source), 0, "names_count", f"{n} rows have a class "

@@ -109,7 +109,7 @@ def _read_names(path):
     while lines and not lines[-1]: lines.pop()
     return _names(lines, path)
 
-# %% ../../nbs/core/yolo_set.ipynb #92374d0c
+# %% ../../nbs/core/yolo_set.ipynb #1eba3b0d
 _KEYS = dict(train="train", val="val", valid="val", validation="val",
              test="test")
 
@@ -124,14 +124,14 @@ def _from_yaml(path):
     for key, split in _KEYS.items():
         todo = got.get(key) or []
         for text in todo if isinstance(todo, list) else [todo]:
-            p = _locate(ys, key, str(text), base)
+            p = _locate(ys, key, str(text), base, split)
             if p: ys.splits.setdefault(split, []).append(p)
     return ys
 
-def _locate(ys, key, text, base):
+def _locate(ys, key, text, base, split=None):
     "The path `text` of the description, or None; notes one that is not there."
     p, ok = _resolve(text, base, ys.root)
-    if not ok: ys.flaws.append((None, ys.name(ys.source), _line(
+    if not ok: ys.flaws.append((split, ys.name(ys.source), _line(
         ys.source, key), "bad_path", f"{key}: {text} " + (
         f"was found as {ys.name(p)}" if p else "leads nowhere")))
     return p
