@@ -285,7 +285,7 @@ def _rider(C, x, y, h, gait, fast, q, g, top, leg, skin, col):
             x, y, h)
     return n
 
-# %% ../../nbs/core/bodies.ipynb #cb1f7ad3
+# %% ../../nbs/core/bodies.ipynb #3fb211a0
 @njit(cache=True)
 def build(
     kind, x, y, h, hl, hw, # class, place, heading, half length and width
@@ -309,7 +309,7 @@ def build(
 @njit(cache=True)
 def draw_body(
     cv, V, K, P, n, C, m, # canvas; parts of `build`
-    x, y, h, L, lit, oid, box, # place; light; share of sun; number; box (6,)
+    x, y, h, L, lit, oid, box, # place; light; share of sun; number; box (10,)
 ):
     "Draw a road user; `box` grows to its outline."
     for i in range(n):
