@@ -79,7 +79,7 @@ def read_text(path) -> str:
         raw[:e.start].count(b"\n") + 1) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
-# %% ../../nbs/core/ava.ipynb #d807a9c4
+# %% ../../nbs/core/ava.ipynb #bca47465
 def _columns(text, path) -> list: # of arrays: str, then float64, NaN: empty
     "The columns of a CSV or tab-separated text."
     if not text.strip(): return [np.empty(0, object)]
@@ -109,6 +109,7 @@ def _columns_by_line(text, path, tab, k):
             rows.append([r[0].strip(), *map(number, r[1:])])
     except csv.Error as e:
         raise InputError(f"not a CSV file: {e}", path, got.line_num) from None
+    if not rows: return [np.empty(0, object)]
     movie, *num = zip(*rows)
     return [np.array(movie, object), *map(np.array, num)]
 
