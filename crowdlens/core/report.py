@@ -63,7 +63,7 @@ _page = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 {% endfor %}</body></html>
 """
 
-# %% ../../nbs/core/report.ipynb #6e998ea1
+# %% ../../nbs/core/report.ipynb #6394b60d
 class Report:
     "A page that is built from top to bottom."
     def __init__(self, title:str, promise:str=""):
@@ -93,15 +93,21 @@ class Report:
         "A link, relative to the report's folder."
         return self._add(f'<p><a href="{_esc(href)}">{_esc(text)}</a></p>')
 
-    def html(self) -> str:
-        "The whole page."
-        return Environment(autoescape=True).from_string(_page).render(
-            title=self.title, promise=self.promise, css=CSS, parts=self.parts)
+# %% ../../nbs/core/report.ipynb #de082eb7
+@patch
+def html(self:Report) -> str:
+    "The whole page."
+    return Environment(autoescape=True).from_string(_page).render(
+        title=self.title, promise=self.promise, css=CSS, parts=self.parts)
 
-    def write(self, path):
-        "Write the page to `path`, whole or not at all."
-        text = self.html()
-        with atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
+@patch
+def write(
+    self:Report,
+    path,  # the file, usually report.html
+):
+    "Write the page to `path`, whole or not at all."
+    text = self.html()
+    with atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
 def _esc(s): return html.escape(str(s))
 

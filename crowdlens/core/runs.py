@@ -64,7 +64,7 @@ def rank() -> int:
     "This process's rank under `torchrun`, else 0."
     return int(os.environ.get("RANK", 0))
 
-# %% ../../nbs/core/runs.ipynb #f9c73b37
+# %% ../../nbs/core/runs.ipynb #555b1397
 @dataclass
 class Result:
     "What a finished run left: its folder, figures and products."
@@ -86,6 +86,7 @@ class Result:
             + (f'<img style="max-width:40rem" src="{picture_uri(pic)}">'
                if pic and pic.is_file() else ""))
 
+# %% ../../nbs/core/runs.ipynb #e4773c5a
 class Run:
     "The folder of one run of a stage, opened with `with`."
     def __init__(self,
@@ -113,7 +114,7 @@ class Run:
             if err is not None: self._failed(kind, err)
         finally: self._lock.release()
 
-# %% ../../nbs/core/runs.ipynb #19971546
+# %% ../../nbs/core/runs.ipynb #6ed96c84
 def lock(
     folder,  # a run's folder
     name:str=".lock",  # the file
@@ -137,6 +138,7 @@ def ready(self:Run) -> Result|None:
     return (load_result(self.folder) if not changed and
             (self.folder/"metrics.json").exists() else None)
 
+# %% ../../nbs/core/runs.ipynb #60d4c4ed
 @patch
 def aside(self:Run):
     "Move an earlier run of this name to the first free `name.N`."
@@ -146,6 +148,7 @@ def aside(self:Run):
     n = next(n for n in range(1, 10**6) if not old(n).exists())
     os.rename(self.folder, old(n)); held.release()
 
+# %% ../../nbs/core/runs.ipynb #de3273e2
 @patch
 def _failed(self:Run, kind, err):
     "Keep in the log why the run ended; name the way on where a disk is full."
@@ -159,7 +162,7 @@ def _failed(self:Run, kind, err):
         err.filename or self.folder, fix="free some space and start the same "
         "command again: what was finished is kept") from err
 
-# %% ../../nbs/core/runs.ipynb #93e10678
+# %% ../../nbs/core/runs.ipynb #e7796e02
 @patch
 def _open(self:Run):
     "Compare with an earlier start, write config.json, find a result."
@@ -187,6 +190,7 @@ def _record(self:Run) -> dict:
             time=time.strftime("%Y-%m-%dT%H:%M:%S%z"), commit=commit(),
             device=device(), versions=versions())])
 
+# %% ../../nbs/core/runs.ipynb #382142ce
 @patch
 def _compare(
     self:Run,
@@ -210,6 +214,7 @@ def _compare(
         self.folder, fix="-p adjust=true accepts the change")
     return [f"{k} from {a!r} to {b!r}" for k,(a,b) in sched.items()]
 
+# %% ../../nbs/core/runs.ipynb #1f71b84b
 def load_result(
     folder,  # a run's folder
 ) -> Result:
@@ -221,7 +226,7 @@ def load_result(
              if (folder/"result.json").exists() else {})
     return Result(folder, read_json(folder/"metrics.json"), **extra)
 
-# %% ../../nbs/core/runs.ipynb #5cbf336e
+# %% ../../nbs/core/runs.ipynb #a9d0cdb2
 @patch
 def _write(self:Run, text:str):
     "Append `text` to log.txt, with the time."
@@ -261,6 +266,7 @@ def history(
             **rows.get(r["step"], {}), **r}}
     return list(rows.values())
 
+# %% ../../nbs/core/runs.ipynb #71fe5ddf
 def bar(it, desc:str="", total:int|None=None, unit:str="it"):
     "`it` with a progress bar fit for where the output goes."
     if os.environ.get("CROWDLENS_BATCH") or rank():
@@ -284,7 +290,7 @@ def room(
         f"{what or 'this run'} needs {need/1e9:.1f} GB, {free/1e9:.1f} GB "
         "are free", p, fix="free some space or name another folder by --out")
 
-# %% ../../nbs/core/runs.ipynb #a5228fc6
+# %% ../../nbs/core/runs.ipynb #876937fb
 @patch
 def figure(
     self:Run,
@@ -309,6 +315,7 @@ def _closed(fig):
     import matplotlib.pyplot as plt
     plt.close(fig)
 
+# %% ../../nbs/core/runs.ipynb #b0d186c4
 @patch
 def finish(self:Run,
     metrics:dict,  # flat key -> figure
@@ -341,7 +348,7 @@ def _settings(self:Run, report:Report) -> Report:
     return report.heading("How it was made").fold(
         "settings, versions, device", table_html(rows, ["name", "value"]))
 
-# %% ../../nbs/core/runs.ipynb #274c18f9
+# %% ../../nbs/core/runs.ipynb #da206d9e
 @patch
 def save(self:Run,
     name:str,  # as "epoch-0003" or "iter-0010000"
@@ -372,6 +379,7 @@ def save(self:Run,
     self._prune(keep)
     return top/name
 
+# %% ../../nbs/core/runs.ipynb #e1077c67
 def _score(path) -> float:
     "The figure that the checkpoint `path` was judged by."
     f = Path(path)/"crowdlens.json"
@@ -437,7 +445,7 @@ def resume(self:Run) -> tuple|None:
     self.log(f"resumes after {last.resolve().name}")
     return load_file(last/"model.safetensors"), state
 
-# %% ../../nbs/core/runs.ipynb #ed7afd7b
+# %% ../../nbs/core/runs.ipynb #86a1c1ee
 def settings(
     stage:str,  # as "01_audit"
     cls,  # its Config class
@@ -452,6 +460,7 @@ def settings(
     vals |= {k: v for k,v in fixed.items() if v is not None}
     return asdict(config.make(cls, vals))
 
+# %% ../../nbs/core/runs.ipynb #6030f2b5
 def assets() -> Path:
     "The folder that holds nbs/ and data/: the checkout, or the wheel's copy."
     return checkout() or Path(config.__file__).parents[1]/"_assets"
@@ -476,6 +485,7 @@ def profiles(stage:str) -> list[str]:
     found = (assets()/"nbs"/"params").glob(f"{stage}.*.yaml")
     return ["smoke"] + sorted(p.name.split(".")[-2] for p in found)
 
+# %% ../../nbs/core/runs.ipynb #0c7b4837
 def main(
     ns:dict,  # a module's `globals()`
     argv:list|None=None,  # arguments; default: sys.argv
