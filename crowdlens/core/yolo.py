@@ -354,33 +354,38 @@ def _set_flaws(ys, split, sc, boxes):
         None, ys.name(ys.source), 0, "names_count", f"{n} rows have a class "
         f"up to {cls.max()}, names end at {max(ys.names)}")
 
-# %% ../../nbs/core/yolo.ipynb #00d3ffa0
+# %% ../../nbs/core/yolo.ipynb #d083d48d
 class YoloCoco:
     "A split of a YOLO set, each image with a COCO-style target."
     def __init__(self, root, # as for `index`
                  split=None, out:str="",  # as for `index`
-                 transform=None):  # called with (image, target)
-        self.index, self.transform = index(root, split, out), transform
-        n = self.index.numbers("image")
-        self.start = np.searchsorted(n, np.arange(len(self.index) + 1))
+                 transform=None,  # called with (image, target)
+                 index=None):  # an Index that is open already
+        self.index = index or _index(root, split, out)
+        self.transform = transform
+        self.rows = np.flatnonzero(self.index.numbers("width", "images") > 0)
+        self.start = np.searchsorted(self.index.numbers("image"),
+                                     np.arange(len(self.index) + 1))
 
-    def __len__(self): return len(self.index)
+    def __len__(self): return len(self.rows)
 
     def target(self, i:int) -> dict:  # which image, from 0
-        "The annotations of image `i`; ids as `convert` gives them, from 1."
-        w, h = (self.index.images[k][i].as_py() for k in ("width", "height"))
-        b = self.index.boxes.slice(self.start[i], self.start[i+1]
-                                   - self.start[i])
+        "The annotations of image `i`; its id is the one `convert` gives."
+        i, ix = int(self.rows[i]), self.index
+        w, h = (ix.images[k][i].as_py() for k in ("width", "height"))
+        b = ix.boxes.slice(self.start[i], self.start[i+1] - self.start[i])
         c = np.stack([b[k].to_numpy() for k in ("cx", "cy", "w", "h")], 1)
         c[:, :2] -= c[:, 2:]/2
-        xywh = np.rint(c*[w, h, w, h]*1e6)/1e6
-        return dict(image_id=i + 1, annotations=[dict(
-            bbox=x.tolist(), area=float(np.rint(x[2]*x[3]*1e6)/1e6),
-            category_id=int(k), iscrowd=0) for x,k,ok in
-            zip(xywh, b["cls"].to_numpy(), b["ok"].to_numpy()) if ok])
+        c *= [w, h, w, h]
+        area, xywh = np.rint(c[:, 2]*c[:, 3]*1e6)/1e6, np.rint(c*1e6)/1e6
+        return dict(image_id=i + 1, annotations=[dict(bbox=x, area=a,
+            category_id=k, iscrowd=0) for x,a,k,ok in zip(xywh.tolist(),
+            area.tolist(), b["cls"].to_pylist(), b["ok"].to_pylist()) if ok])
 
     def __getitem__(self, i:int):
         "(image (H,W,3) uint8 RGB, target)"
         if not 0 <= i < len(self): raise IndexError(i)
-        got = read_image(self.index.path(i)), self.target(i)
+        got = read_image(self.index.path(int(self.rows[i]))), self.target(i)
         return self.transform(*got) if self.transform else got
+
+_index = index  # the name is a parameter above
