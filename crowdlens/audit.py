@@ -6,7 +6,7 @@
 __all__ = ['STAGE', 'Config', 'damaged_world', 'Audit', 'audit', 'missed', 'fix', 'split', 'advice', 'build_report', 'run',
            'write_flaws']
 
-# %% ../nbs/01_audit.ipynb #9b91bed1
+# %% ../nbs/01_audit.ipynb #4b7916ed
 import shutil,time
 from collections import Counter
 from dataclasses import dataclass,field
@@ -26,7 +26,7 @@ from .core.report import Report,nice,table_html
 from .core.yolo import FLAW_ROWS,FLAWS,index,read_set
 from .core.yolo_fix import Rules,clean_labels,place
 from .core.yolo_flaws import (box_columns,content_flaws,contents,
-    repeated_rows,unused_names)
+    listed_twice,repeated_rows,unused_names)
 from .core.yolo_plots import (pick_pictures,picture_sheet,plot_areas,
     plot_counts,plot_patches,plot_places,plot_shapes,plot_sizes,shapes)
 from crowdlens.core.yolo_split import (BEFORE_NUMBER,assign,join,name_groups,
@@ -76,7 +76,7 @@ def damaged_world(folder, # where it is written
     return root, write_yolo(root, train=train, val=val, seed=seed,
                             flaws=flaws)
 
-# %% ../nbs/01_audit.ipynb #a3d62a6e
+# %% ../nbs/01_audit.ipynb #180821db
 @dataclass
 class Audit:
     "What is in a YOLO set and what is wrong with it."
@@ -96,18 +96,20 @@ class Audit:
     def names(self): return self.set.names
 
     def counts(self, split=None) -> dict:  # a split's name; None: all
-        "How often each flaw was found, in the order of `FLAWS`."
+        "How often each flaw was found; one file in two splits counts once."
         t = self.flaws
         if split is not None: t = t.filter(pc.equal(t["split"], split))
-        c = Counter(t["flaw"].to_pylist())
+        c = Counter(k for k, *_ in set(zip(*(t[k].to_pylist() for k in (
+            "flaw", "file", "line", "detail")))))
         return {k: c[k] for k in FLAWS if c[k]}
 
-# %% ../nbs/01_audit.ipynb #a67a5ae2
+# %% ../nbs/01_audit.ipynb #00913f23
 def _flaws_of(ixs, scans, near_bits):
     "All flaws of a set in the order of splits, files, lines."
     parts = [ix.flaws for ix in ixs]+[repeated_rows(ix) for ix in ixs]
     parts.append(unused_names(ixs))
-    if scans: parts.append(content_flaws(ixs, scans, near_bits))
+    parts.append(content_flaws(ixs, scans, near_bits) if scans
+                 else listed_twice(ixs))
     t = pa.concat_tables(parts)
     at = {k: i for i, k in enumerate(FLAWS)}
     order = {(ix.split or ""): i for i, ix in enumerate(ixs, 1)}
@@ -116,13 +118,21 @@ def _flaws_of(ixs, scans, near_bits):
     return t.take(pc.sort_indices(keys, [(k, "ascending") for k in "sflk"])
                   ).combine_chunks()
 
-def _whole(boxes) -> Boxes: # list of Boxes, one a split
-    "The boxes of all splits as those of one set."
-    if len(boxes) == 1: return boxes[0]
-    at = np.cumsum([0]+[len(b.size) for b in boxes])
-    return Boxes(np.concatenate([b.image+a for b, a in zip(boxes, at)]), *(
-        np.concatenate([getattr(b, k) for b in boxes])
-        for k in ("cls", "xywh", "size")))
+@patch
+def whole(self:Audit) -> tuple: # Boxes; table of images
+    "All splits as one; an image that two splits name is in it once."
+    ims = pa.concat_tables([ix.images for ix in self.indexes])
+    bs = list(self.boxes.values())
+    at = np.cumsum([0]+[len(b.size) for b in bs])
+    image = np.concatenate([b.image+a for b, a in zip(bs, at)])
+    cols = [np.concatenate([getattr(b, k) for b in bs])
+            for k in ("cls", "xywh", "size")]
+    b = Boxes(image, *cols); files = ims["file"].to_pylist()
+    if len(set(files)) == len(files): return b, ims
+    first = sorted({f: i for i, f in reversed(list(enumerate(files)))}.values())
+    to = np.full(len(files), -1); to[first] = np.arange(len(first))
+    b = b.of(to[b.image] >= 0)
+    return Boxes(to[b.image], b.cls, b.xywh, b.size[first]), ims.take(first)
 
 def audit(root, # folder or yaml of a YOLO set, of any name
           pixels:bool=True,  # decode every image
@@ -149,37 +159,46 @@ def audit(root, # folder or yaml of a YOLO set, of any name
                  queries=queries, quantile=quantile); lap("figures")
     return got
 
-# %% ../nbs/01_audit.ipynb #856e3cdb
+# %% ../nbs/01_audit.ipynb #74298908
 @patch
 def _measure(self:Audit, **how):
     "Fill metrics and class rows."
-    whole = _whole(list(self.boxes.values()))
+    whole, ims = self.whole()
     size = {k: how[k] for k in ("shortest", "longest")}
     self.classes = class_rows(whole, self.names, **size)
     names = [self.names.get(i, "") for i in range(max(self.names)+1)]
-    m = figures(whole, names, **how)|_files(self.indexes)
+    m = figures(whole, names, **how)|_files(ims)
+    m |= _rows(self.indexes)
     m |= {f"boxes/{r['class']}": r["boxes"] for r in self.classes}
-    m["flaws"] = len(self.flaws)
-    m |= {f"flaws/{k}": v for k, v in self.counts().items()}
+    c = self.counts(); m["flaws"] = sum(c.values())
+    m |= {f"flaws/{k}": v for k, v in c.items()}
     for ix in self.indexes if len(self.indexes) > 1 else ():
         s = ix.split
-        one = figures(self.boxes[s], names, **how)|_files([ix])
-        one["flaws"] = sum(self.counts(s).values())
+        one = figures(self.boxes[s], names, **how)|_files(
+            ix.images)|_rows([ix])
+        one["flaws"] = sum(self.counts(s or "").values())
         m |= {f"{s}/{k}": v for k, v in one.items()}
     self.metrics = m
 
-def _files(ixs):
-    "Counts of files, rows and orientations."
-    def col(k): return np.concatenate([ix.images[k].to_numpy() for ix in ixs])
-    w, h, status = col("width"), col("height"), col("status")
-    kind = np.concatenate([ix.boxes["kind"].to_numpy() for ix in ixs])
+def _files(ims):
+    "Counts of label files and orientations, of a table of images."
+    w, h, status = (ims[k].to_numpy() for k in ("width", "height", "status"))
     return dict(label_files=int((status != "missing").sum()),
-        rows=sum(len(ix.boxes) for ix in ixs),
-        polygons=int((kind == 2).sum()), poses=int((kind == 3).sum()),
-        with_confidence=int((kind == 1).sum()),
         landscape=int((w > h).sum()), portrait=int((h > w).sum()),
         square=int(((w == h) & (w > 0)).sum()),
         unreadable=int((w == 0).sum()))
+
+def _rows(ixs):
+    "Counts of rows and of their forms; a file in two splits counts once."
+    c, seen = np.zeros(4, int), set()
+    for ix in ixs:
+        kind = ix.boxes["kind"].to_numpy()
+        if seen: kind = kind[~pc.is_in(ix.images["file"], pa.array(list(seen),
+            pa.string())).to_numpy()[ix.boxes["image"].to_numpy()]]
+        c += [len(kind), *(int((kind == k).sum()) for k in (1, 2, 3))]
+        if len(ixs) > 1: seen.update(ix.images["file"].to_pylist())
+    return dict(zip(("rows", "with_confidence", "polygons", "poses"),
+                    c.tolist()))
 
 # %% ../nbs/01_audit.ipynb #f319461d
 def missed(got, planted) -> dict: # a table of flaws; list of Planted
@@ -216,18 +235,17 @@ def __repr__(self:Audit):
     return (f"Audit({show_path(self.set.source)}: {m['images']:,} images, "
             f"{m['boxes']:,} boxes, {m['flaws']:,} flaws)")
 
-# %% ../nbs/01_audit.ipynb #99a3c60f
+# %% ../nbs/01_audit.ipynb #2b5f27cd
 @patch
 def charts(self:Audit, shortest:int=960, longest:int=1536, patch:int=16,
            queries:int=300) -> dict:  # name -> (figure, caption)
     "The report's charts."
-    b = _whole(list(self.boxes.values())); size = shortest, longest
-    n = np.concatenate([x.counts for x in self.boxes.values()])
+    b, size = self.whole()[0], (shortest, longest)
     held = per_patch(b, train_scale(b.size, *size), patch)[1]
     got = dict(
         counts=(plot_counts({s: x.counts for s, x in self.boxes.items()},
-                queries), f"Objects in an image. To the right of {queries} a "
-                "detector with so many queries must miss some."),
+                queries), f"Objects in an image. A detector with {queries} "
+                "queries misses what goes beyond."),
         sizes=(plot_sizes(b, self.names, *size, patch), "Heights of boxes in "
                f"the file and at training size (shorter side {shortest}, "
                f"longer at most {longest}). Left of the line an object is "
@@ -243,12 +261,11 @@ def charts(self:Audit, shortest:int=960, longest:int=1536, patch:int=16,
     return {k: v for k, v in got.items() if len(b) and v[0] is not None
             or k == "shapes"}
 
-# %% ../nbs/01_audit.ipynb #68b38016
+# %% ../nbs/01_audit.ipynb #160a5baf
 @patch
 def sheets(self:Audit, n:int=16, seed:int=0) -> dict: # images a sheet
     "Title -> sheet of images with their boxes, RGB uint8."
-    b = _whole(list(self.boxes.values())); start = b.start
-    ims = pa.concat_tables([ix.images for ix in self.indexes])
+    b, ims = self.whole(); start = b.start
     files, labels = ims["file"].to_pylist(), ims["label"].to_pylist()
     c = Counter(self.flaws["file"].to_pylist())
     bad = [c[f]+(c[l] if l else 0) for f, l in zip(files, labels)]
@@ -257,10 +274,11 @@ def sheets(self:Audit, n:int=16, seed:int=0) -> dict: # images a sheet
     picks["turned by EXIF"] = np.flatnonzero(ims["exif"].to_numpy() > 1)[:n]
     def say(i, k): return f"{Path(files[i]).name} · " + (
         f"{bad[i]} flaws" if k == "most flaws" else f"{b.counts[i]} boxes")
+    def part(v, at): return [v[start[i]:start[i+1]] for i in at]
     return {k: picture_sheet([self.set.path(files[i]) for i in at],
-        [say(i, k) for i in at], [b.xywh[start[i]:start[i+1]] for i in at],
-        [b.cls[start[i]:start[i+1]] for i in at], self.names, 4,
-        (240, 160) if k == "overview" else (320, 240)) for k, at in picks.items() if len(at)}
+        [say(i, k) for i in at], part(b.xywh, at), part(b.cls, at), self.names,
+        4, (240, 160) if k == "overview" else (320, 240))
+        for k, at in picks.items() if len(at)}
 
 # %% ../nbs/01_audit.ipynb #54a7bbdc
 def fix(root, dst, # a YOLO set, or its Audit; a new folder
@@ -335,15 +353,16 @@ def split(root, dst, # a YOLO set; a folder for the lists
     return dict(images={s: n[s] for s in shares}, groups=len(set(g.tolist())),
                 largest_group=int(np.bincount(g).max()), left_out=left)
 
-# %% ../nbs/01_audit.ipynb #3f948645
+# %% ../nbs/01_audit.ipynb #42db43d0
 def advice(a:Audit, cfg) -> list: # an Audit, a Config -> (text, kind)
     "Sentences that judge the figures."
     m, got = a.metrics, []
     lost, q = m[f"lost_at_{cfg.queries}"], m["queries"]
     got.append((f"**Queries.** {cfg.quantile:.1%} of the images hold "
         f"{q} objects or fewer: {q} queries would lose {m['queries_lost']:,} "
-        f"of {m['boxes']:,} boxes. With {cfg.queries} queries "
-        f"{lost:,} boxes are out of reach.", "bad" if lost else "ok"))
+        f"of {m['boxes']:,} boxes. With the {cfg.queries} of the plan "
+        f"{f'{lost:,}' if lost else 'no'} boxes are out of reach.",
+        "bad" if lost else "ok"))
     for r in a.classes:
         s = r["small in training"]
         if s is not None and s > .5: got.append((f"**Small objects.** {s:.0%} "
@@ -352,9 +371,9 @@ def advice(a:Audit, cfg) -> list: # an Audit, a Config -> (text, kind)
             f"patches of {cfg.patch_size} px: a larger picture or a finer "
             "stride would help more than a larger network.", ""))
     if "heads_unpaired" in m: got.append((f"**Heads and persons.** "
-        f"{m['heads_without_person']:,} heads lie in no person, "
-        f"{m['heads_unpaired']:,} find none of their own, "
-        f"{m['persons_without_head']:,} persons have no head.", ""))
+        f"Heads that lie in no person: {m['heads_without_person']:,}. Heads "
+        f"left without a person of their own: {m['heads_unpaired']:,}. Persons "
+        f"without a head: {m['persons_without_head']:,}.", ""))
     c = a.counts()
     if n := c.get("exif_rotated"): got.append((f"**Turned images.** {n:,} "
         "images are turned by EXIF, so that it is open which picture their "
@@ -367,14 +386,23 @@ def advice(a:Audit, cfg) -> list: # an Audit, a Config -> (text, kind)
         "without that.", "bad"))
     return got
 
-# %% ../nbs/01_audit.ipynb #51b27bc0
-_ROWS = ("images", "label_files", "boxes", "boxes_per_image",
-    "boxes_per_image_p05", "boxes_per_image_p50", "boxes_per_image_p95",
-    "boxes_per_image_max", "images_above_100", "images_above_300",
-    "images_above_500", "queries", "queries_lost", "patch_max",
-    "patch_shared", "heads_without_person", "heads_unpaired",
-    "persons_without_head", "landscape", "portrait", "square", "unreadable",
-    "polygons", "poses", "with_confidence", "flaws")
+# %% ../nbs/01_audit.ipynb #0ac8901b
+_ROWS = dict(images="images", label_files="… with a label file",
+    boxes="boxes", boxes_per_image="boxes an image, mean",
+    boxes_per_image_p05="… 5 % have at most",
+    boxes_per_image_p50="… median",
+    boxes_per_image_p95="… 95 % have at most", boxes_per_image_max="… most",
+    images_above_100="images above 100 boxes", images_above_300="… above 300",
+    images_above_500="… above 500", queries="queries recommended",
+    queries_lost="… boxes they lose", patch_max="most centres in one patch",
+    patch_shared="share of boxes that share a patch",
+    heads_without_person="heads in no person",
+    heads_unpaired="heads without their own person",
+    persons_without_head="persons without a head", landscape="landscape images",
+    portrait="portrait images", square="square images",
+    unreadable="unreadable images", polygons="rows with polygons",
+    poses="rows with key points", with_confidence="rows with confidence",
+    flaws="flaws")
 
 def build_report(a:Audit, cfg, charts:dict, sheets:dict, # name -> picture
                  check:dict|None=None,  # from `missed`
@@ -398,8 +426,7 @@ def build_report(a:Audit, cfg, charts:dict, sheets:dict, # name -> picture
     r.heading("Splits").table(_split_rows(a))
     r.heading("Classes").table(_class_table(a))
     for k, (fig, text) in charts.items(): r.picture(fig, text, k)
-    r.heading("Sizes of images").table(shapes(_whole(list(
-        a.boxes.values())).size), most=12)
+    r.heading("Sizes of images").table(shapes(a.whole()[0].size), most=12)
     for k, im in sheets.items():
         if k == "overview": continue
         r.heading(f"Pictures: {k}").picture(im, alt=k)
@@ -407,15 +434,18 @@ def build_report(a:Audit, cfg, charts:dict, sheets:dict, # name -> picture
 
 def _split_rows(a):
     "A row a figure, a column a split."
-    sp = [s for s in a.splits if f"{s}/images" in a.metrics]
-    return [{"figure": k.replace("_", " "), "all": a.metrics[k], **{
-        s: a.metrics[f"{s}/{k}"] for s in sp}} for k in _ROWS if k in a.metrics]
+    m = a.metrics; sp = [s for s in a.splits if f"{s}/images" in m]
+    rare = ("square", "unreadable", "polygons", "poses", "with_confidence")
+    return [{"figure": v, "all": m[k], **{s: m[f"{s}/{k}"] for s in sp}}
+            for k, v in _ROWS.items() if k in m and (m[k] or k not in rare)]
 
 def _class_table(a):
-    "The rows of classes that have boxes, shares as per cent."
-    def show(k, v): return (f"{v:.0%}" if isinstance(v, float) and
-        k.split()[0] in ("small", "medium", "large") else v)
-    return [{k: show(k, v) for k, v in r.items()} for r in sorted(
+    "The rows of classes that have boxes, shares of areas in one cell."
+    def cell(r, what): return " / ".join(
+        f"{100*(r[s+what] or 0):.0f}" for s in ("small", "medium", "large"))
+    return [{**{k: r[k] for k in r if k.split()[0] not in (
+        "small", "medium", "large")}, "small / medium / large, %": cell(r, ""),
+        "… in training": cell(r, " in training")} for r in sorted(
         a.classes, key=lambda r: -r["boxes"]) if r["boxes"]]
 
 # %% ../nbs/01_audit.ipynb #56ff8449
@@ -451,7 +481,7 @@ class _Bar:
         self.bar.update(done-self.bar.n)
     def __exit__(self, *e): self.bar is None or self.bar.close()
 
-# %% ../nbs/01_audit.ipynb #b29242b1
+# %% ../nbs/01_audit.ipynb #7ffa68e7
 def _write(r, cfg, a, check):
     "All products of a run; its result."
     made = write_flaws(a.flaws, r.folder)
@@ -466,7 +496,7 @@ def _write(r, cfg, a, check):
     write_json(r.folder/"audit.json", dict(source=show_path(a.set.source),
         names=a.names, splits=[s or "" for s in a.splits], figures=metrics,
         flaws=a.flaw_rows(), classes=a.classes, check=check,
-        shapes=shapes(_whole(list(a.boxes.values())).size)))
+        shapes=shapes(a.whole()[0].size)))
     made |= dict(details=r.folder/"audit.json")
     if cfg.clean: made |= dict(labels=_cleaned(r, cfg, a))
     pic = r.folder/"figures"/"overview.jpg" if "overview" in sheets else ""

@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'CYCLE', 'INK', 'MUTED', 'PAPER', 'STYLE', 'color', 'rgb', 'draw_boxes', 'tile', 'contact_sheet',
            'use_style', 'new_figure', 'bin_edges', 'histogram', 'heat_maps', 'to_jpeg', 'to_png', 'to_bytes', 'save']
 
-# %% ../../nbs/core/plots.ipynb #07ab4b9c
+# %% ../../nbs/core/plots.ipynb #b33acf98
 import io
 from pathlib import Path
 import cv2
@@ -14,7 +14,8 @@ import matplotlib as mpl
 import numpy as np
 import simplejpeg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter,MaxNLocator
+from matplotlib.ticker import (EngFormatter,LogLocator,MaxNLocator,
+    NullFormatter)
 from PIL import Image,ImageDraw,ImageFont
 from .files import atomic
 
@@ -129,7 +130,7 @@ def new_figure(rows=1, cols=1, size=(6, 2.6)): # size: inches
         fig = Figure(figsize=size, layout="constrained", dpi=110)
         return fig, fig.subplots(rows, cols, squeeze=False)
 
-# %% ../../nbs/core/plots.ipynb #72f5fa32
+# %% ../../nbs/core/plots.ipynb #8017c44c
 def bin_edges(values, n:int=40, log:bool=False) -> np.ndarray:
     "Edges that hold all finite values; whole numbers where there are few."
     v = np.asarray(values, float); v = v[np.isfinite(v)]
@@ -155,7 +156,11 @@ def histogram(ax, series:dict, # matplotlib axes; name -> values
         c = color(k, i)
         ax.hist(v, edges, histtype="stepfilled", color=c+"40", edgecolor=c,
                 label=k, lw=1.3)
-    if log: ax.set_xscale("log"); ax.xaxis.set_major_formatter(EngFormatter())
+    if log:
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        ax.xaxis.set_minor_formatter(NullFormatter())
     for t, x in (marks or {}).items():
         ax.axvline(x, color=INK, lw=.9, ls=(0, (4, 2)))
         ax.text(x, .98, f" {t}", transform=ax.get_xaxis_transform(),
@@ -165,10 +170,10 @@ def histogram(ax, series:dict, # matplotlib axes; name -> values
     ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     if len(series) > 1: ax.legend(loc="upper right")
 
-# %% ../../nbs/core/plots.ipynb #bbe37a49
+# %% ../../nbs/core/plots.ipynb #7b866b7b
 def heat_maps(grids:dict, # class name -> (rows, cols) counts
     aspect:float=1.6,  # width over height of the pictures
-    cols:int=3,  # panels side by side
+    cols:int=2,  # panels side by side
 ) -> Figure:
     "One panel a class: how many boxes have their centre in each cell."
     cols = max(1, min(cols, len(grids)))
@@ -178,13 +183,14 @@ def heat_maps(grids:dict, # class name -> (rows, cols) counts
         for ax in axs.flat[len(grids):]: ax.set_axis_off()
         for ax, (k, g) in zip(axs.flat, grids.items()):
             g = np.asarray(g, float)
-            top = np.quantile(g[g > 0], .99) if g.any() else 1
+            top = max(np.quantile(g[g > 0], .99), 1) if g.any() else 1
             m = ax.imshow(g, cmap="magma", vmin=0, vmax=top, aspect="auto",
                           extent=(0, 1, 1, 0), interpolation="nearest")
             ax.set_box_aspect(1/aspect)
             ax.set(title=k, xticks=[0, .5, 1], yticks=[0, .5, 1])
             ax.grid(False)
-            fig.colorbar(m, ax=ax, shrink=.8, format=EngFormatter(sep=" "))
+            fig.colorbar(m, ax=ax, shrink=.8, format=EngFormatter(sep=" "),
+                         ticks=MaxNLocator(4, integer=True))
         fig.supxlabel("x, share of the width", fontsize=8)
         fig.supylabel("y, share of the height", fontsize=8)
     return fig

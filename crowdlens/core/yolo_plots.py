@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_counts', 'top_classes', 'plot_sizes', 'plot_areas', 'plot_patches', 'plot_places', 'shapes', 'plot_shapes',
-           'pick_pictures', 'picture_sheet']
+           'pick_pictures', 'fit_in', 'picture_sheet']
 
 # %% ../../nbs/core/yolo_plots.ipynb #5399b172
 import cv2
@@ -17,7 +17,7 @@ from .plots import (INK,MUTED,color,contact_sheet,draw_boxes,
 from .yolo_stats import (AREAS,Boxes,center_grid,class_rows,
     corners,per_patch,train_scale)
 
-# %% ../../nbs/core/yolo_plots.ipynb #e4148428
+# %% ../../nbs/core/yolo_plots.ipynb #6390ba84
 def plot_counts(counts:dict, # split -> (M,) objects an image
                 queries:int=300,  # of the detector
     ) -> Figure:
@@ -28,10 +28,11 @@ def plot_counts(counts:dict, # split -> (M,) objects an image
     with use_style(): histogram(ax, {str(k or "all images"): c
         for k, c in counts.items()}, "objects in an image", "images",
         marks=marks)
-    ax.set_yscale("symlog", linthresh=5)
+    if ax.get_ylim()[1] > 60:  # one crowded image is seen beside thousands
+        ax.set_yscale("symlog", linthresh=2)
+        ticks = [0, *(10**i for i in range(7) if 10**i < ax.get_ylim()[1])]
+        ax.set_yticks(ticks, [f"{t:,}" for t in ticks])
     ax.set_ylim(0)
-    ticks = [0, *(10**i for i in range(1, 7) if 10**i < ax.get_ylim()[1])]
-    ax.set_yticks(ticks, [f"{t:,}" for t in ticks])
     return fig
 
 # %% ../../nbs/core/yolo_plots.ipynb #56ceba3d
@@ -106,7 +107,7 @@ def plot_patches(held, # from `yolo_stats.per_patch`
         ax.grid(axis="x", visible=False)
     return fig
 
-# %% ../../nbs/core/yolo_plots.ipynb #3db45f58
+# %% ../../nbs/core/yolo_plots.ipynb #e045d487
 def plot_places(b:Boxes, names:dict) -> Figure|None:
     "Heat maps of box centres of the most frequent classes."
     top = top_classes(b, names, 6)
@@ -115,7 +116,7 @@ def plot_places(b:Boxes, names:dict) -> Figure|None:
     ok = b.size[(b.size > 0).all(1)]
     aspect = float(np.median(ok[:, 0]/ok[:, 1])) if len(ok) else 1.6
     return heat_maps({n: g[k] for k, n in top.items()},
-                     min(max(aspect, .6), 2.2), 2 if len(top) in (2, 4) else 3)
+                     min(max(aspect, .6), 2.2))
 
 def shapes(size) -> list[dict]:  # (M,2) width, height
     "Image sizes with their counts and orientation, the most frequent first."
@@ -158,7 +159,14 @@ def pick_pictures(counts, flaws, # (M,) objects, (M,) flaws an image
     return {"most crowded": top(counts), "most flaws": top(flaws),
             "at random": [int(i) for i in some]}
 
-# %% ../../nbs/core/yolo_plots.ipynb #69656915
+# %% ../../nbs/core/yolo_plots.ipynb #7d4a4fc1
+def fit_in(im, size): # (H,W,3) uint8; width, height of the frame
+    "`im` as large as fits into `size`."
+    s = min(size[0]/im.shape[1], size[1]/im.shape[0])
+    how = cv2.INTER_AREA if s < 1 else cv2.INTER_LINEAR
+    return cv2.resize(im, (max(1, round(im.shape[1]*s)),
+                           max(1, round(im.shape[0]*s))), interpolation=how)
+
 def picture_sheet(paths, captions, # one each
                   boxes:list, classes:list,  # (N,4) cxcywh relative, (N,) int
                   names:dict, cols:int=4, size=(320, 240),  # see contact_sheet
@@ -169,9 +177,8 @@ def picture_sheet(paths, captions, # one each
     for p, xywh, cls in zip(paths, boxes, classes):
         try: im = read_image(p)
         except (InputError, OSError): tiles.append(None); continue
-        s = min(1., 2.5*size[0]/im.shape[1])
-        if s < 1:  # lines are drawn on the small picture, or they vanish
-            im = cv2.resize(im, None, fx=s, fy=s, interpolation=cv2.INTER_AREA)
+        # lines are drawn on the small picture, or they would vanish in it
+        im = fit_in(im, size)
         h, w = im.shape[:2]
-        tiles.append(draw_boxes(im, corners(xywh)*[w, h, w, h], cls, rows))
+        tiles.append(draw_boxes(im, corners(xywh)*[w, h, w, h], cls, rows, 1))
     return contact_sheet(tiles, captions, cols, size)
