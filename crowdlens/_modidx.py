@@ -464,6 +464,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'crowdlens.core.raster._edge_area': ('core/raster.html#_edge_area', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._end_box': ('core/raster.html#_end_box', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._inside': ('core/raster.html#_inside', 'crowdlens/core/raster.py'),
+                                       'crowdlens.core.raster._note': ('core/raster.html#_note', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._paint_capsule': ( 'core/raster.html#_paint_capsule',
                                                                                  'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._polygon_box': ('core/raster.html#_polygon_box', 'crowdlens/core/raster.py'),
