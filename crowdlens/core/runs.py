@@ -348,7 +348,7 @@ def _settings(self:Run, report:Report) -> Report:
     return report.heading("How it was made").fold(
         "settings, versions, device", table_html(rows, ["name", "value"]))
 
-# %% ../../nbs/core/runs.ipynb #da206d9e
+# %% ../../nbs/core/runs.ipynb #50ea9d7c
 @patch
 def save(self:Run,
     name:str,  # as "epoch-0003" or "iter-0010000"
@@ -357,6 +357,7 @@ def save(self:Run,
     state:dict|None=None,  # what resuming needs; random states are added
     best:float|None=None,  # figure by which `best` is chosen, higher wins
     keep:int=8,  # checkpoints to keep, beside last and best
+    more=None,  # called with the folder, to write further files
 ):
     "Write a checkpoint and move `last`, and `best` where it is earned."
     import torch
@@ -369,6 +370,7 @@ def save(self:Run,
             tensors.items()}, tmp/"model.safetensors", {"format": "pt"})
         torch.save(dict(state or {}, rng=rng_state()), tmp/"state.pt")
         write_json(tmp/"crowdlens.json", dict(info, step=name, best=best))
+        if more: more(tmp)
         for p in tmp.iterdir(): _sync(p)
         shutil.rmtree(top/name, ignore_errors=True)
         os.rename(tmp, top/name); _sync(top)
