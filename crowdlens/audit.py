@@ -261,19 +261,23 @@ def charts(self:Audit, shortest:int=960, longest:int=1536, patch:int=16,
     return {k: v for k, v in got.items() if len(b) and v[0] is not None
             or k == "shapes"}
 
-# %% ../nbs/01_audit.ipynb #160a5baf
+# %% ../nbs/01_audit.ipynb #1ed1839b
 @patch
 def sheets(self:Audit, n:int=16, seed:int=0) -> dict: # images a sheet
     "Title -> sheet of images with their boxes, RGB uint8."
     b, ims = self.whole(); start = b.start
     files, labels = ims["file"].to_pylist(), ims["label"].to_pylist()
+    has = {}
+    for f, k in set(zip(*(self.flaws[k].to_pylist() for k in (
+        "file", "flaw")))): has.setdefault(f, []).append(k)
     c = Counter(self.flaws["file"].to_pylist())
     bad = [c[f]+(c[l] if l else 0) for f, l in zip(files, labels)]
     picks = pick_pictures(b.counts, bad, n, seed)
     picks["overview"] = picks["most crowded"][:4] or picks["at random"][:4]
     picks["turned by EXIF"] = np.flatnonzero(ims["exif"].to_numpy() > 1)[:n]
-    def say(i, k): return f"{Path(files[i]).name} · " + (
-        f"{bad[i]} flaws" if k == "most flaws" else f"{b.counts[i]} boxes")
+    def say(i, k): return ", ".join(sorted(has.get(files[i], [])+has.get(
+        labels[i], []))) + f" · {Path(files[i]).name}" if k == "most flaws" \
+        else f"{Path(files[i]).name} · {b.counts[i]} boxes"
     def part(v, at): return [v[start[i]:start[i+1]] for i in at]
     return {k: picture_sheet([self.set.path(files[i]) for i in at],
         [say(i, k) for i in at], part(b.xywh, at), part(b.cls, at), self.names,
