@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REFERENCE', 'miss_curve', 'log_average', 'jaccard', 'crowd_scores']
 
-# %% ../../nbs/metrics/crowds.ipynb #52ecdc79
+# %% ../../nbs/metrics/crowds.ipynb #ed84a3da
 import numba as nb
 import numpy as np
-from .matching import _augment,match_caltech,overlap
+from .matching import _augment,match_caltech,overlaps
 from .tables import GroundTruth,Detections,group
 
 # %% ../../nbs/metrics/crowds.ipynb #8966b810
@@ -33,60 +33,55 @@ def log_average(fppi, miss) -> float:  # both (D,), as `miss_curve` gives
     with np.errstate(divide="ignore"):
         return float(np.exp(np.log(miss[at]).mean()))
 
-# %% ../../nbs/metrics/crowds.ipynb #0c4a9f48
+# %% ../../nbs/metrics/crowds.ipynb #5fca2be2
 @nb.njit(cache=True, nogil=True)
-def _inside(a, objs, crowd, o0, o1, thr):
-    "Whether more than `thr` of box `a` lies in one of the regions."
-    for j in range(o0, o1):
-        if crowd[j] and overlap(a, objs[j], True) > thr: return True
-    return False
+def _inside(iou, crowd, thr):
+    "(n,) bool: more than `thr` of the box lies in one of the regions."
+    out = np.zeros(len(iou), np.bool_)
+    for i in range(len(iou)):
+        for j in range(len(crowd)): out[i] |= crowd[j] and iou[i, j] > thr
+    return out
 
 @nb.njit(cache=True, nogil=True)
-def _unmatched(mate, o_in, o0):
-    "How many objects inside regions have no partner."
-    n = 0
-    for j in range(len(mate)): n += o_in[o0+j] and mate[j] < 0
-    return n
-
-@nb.njit(cache=True, nogil=True)
-def _near(dets, objs, crowd, d0, d1, o0, o1, thr):
+def _close(iou, crowd, thr):
     "(n,m) bool: boxes and objects that overlap enough to be a pair."
-    near = np.zeros((d1-d0, o1-o0), np.bool_)
-    for i in range(d1-d0):
-        for j in range(o1-o0):
-            near[i, j] = not crowd[o0+j] and overlap(
-                dets[d0+i], objs[o0+j], False) >= thr
+    near = np.zeros(iou.shape, np.bool_)
+    for i in range(len(iou)):
+        for j in range(len(crowd)):
+            near[i, j] = not crowd[j] and iou[i, j] >= thr
     return near
 
-# %% ../../nbs/metrics/crowds.ipynb #ae2680c8
+@nb.njit(cache=True, nogil=True)
+def _count(mate, o_in, crowd, d_in, n):
+    "Pairs; of the first n boxes and all objects, those that count."
+    k, m, free = 0, 0, d_in[:n].sum()
+    for j in range(len(mate)):
+        k += mate[j] >= 0
+        if mate[j] >= 0: free -= d_in[mate[j]]
+        m += not crowd[j] and (mate[j] >= 0 or not o_in[j])
+    return k, n-free, m
+
+# %% ../../nbs/metrics/crowds.ipynb #04f9ac95
 @nb.njit(cache=True, nogil=True)
 def _jaccard(dets, scores, d_start, objs, crowd, o_start, thr):
-    "(G,10) pairs, boxes and objects that count, at scores above 0, .1 … .9."
+    "(3,G,10) pairs, boxes, objects that count, at scores above 0, .1 … .9."
     out = np.zeros((3, len(d_start)-1, 10), np.int64)
-    o_in = np.zeros(len(objs), np.bool_)
     for g in range(len(d_start)-1):
-        d0, d1, o0, o1 = d_start[g], d_start[g+1], o_start[g], o_start[g+1]
-        m = 0
-        for j in range(o0, o1):
-            m += not crowd[j]
-            o_in[j] = not crowd[j] and _inside(objs[j], objs, crowd, o0, o1,
-                                               thr)
-        near = _near(dets, objs, crowd, d0, d1, o0, o1, thr)
-        size = o1-o0
-        mate, came = np.full(size, -1), np.empty(size, np.int64)
-        queue, seen = np.empty(size+1, np.int64), np.empty(size, np.bool_)
-        d_in = np.zeros(d1-d0, np.bool_)
+        d0, n, o0 = d_start[g], d_start[g+1]-d_start[g], o_start[g]
+        ob, cr = objs[o0:o_start[g+1]], crowd[o0:o_start[g+1]]
+        iou = overlaps(dets[d0:d0+n], ob, cr)
+        near, d_in = _close(iou, cr, thr), _inside(iou, cr, thr)
+        o_in = _inside(overlaps(ob, ob, cr), cr, thr) if cr.any() else cr
+        m = len(ob)
+        mate, came = np.full(m, -1), np.empty(m, np.int64)
+        queue, seen = np.empty(m+1, np.int64), np.empty(m, np.bool_)
         i = 0
         for t in range(9, -1, -1):
-            while i < d1-d0 and scores[d0+i] > t/10:
-                d_in[i] = _inside(dets[d0+i], objs, crowd, o0, o1, thr)
-                _augment(i, near, mate, came, queue, seen)
+            while i < n and scores[d0+i] > t/10:
+                if near[i].any(): _augment(i, near, mate, came, queue, seen)
                 i += 1
-            k, free = 0, d_in[:i].sum()
-            for j in range(size):
-                if mate[j] >= 0: k += 1; free -= d_in[mate[j]]
-            out[0, g, t], out[1, g, t] = k, i-free
-            out[2, g, t] = m-_unmatched(mate, o_in, o0)
+            out[0, g, t], out[1, g, t], out[2, g, t] = _count(mate, o_in, cr,
+                                                              d_in, i)
     return out
 
 # %% ../../nbs/metrics/crowds.ipynb #f162459d
@@ -102,22 +97,26 @@ def jaccard(gt:GroundTruth, det:Detections, groups, thr:float=.5):
     got = mean[np.arange(len(mean)), best]
     return np.where(there.any((1, 2)), got, np.nan), best/10
 
-# %% ../../nbs/metrics/crowds.ipynb #1c79eb8d
-def _clip(boxes_xywh, wh):
+# %% ../../nbs/metrics/crowds.ipynb #76b08beb
+@nb.njit(cache=True, nogil=True)
+def _clip(boxes_xywh, image, sizes):
     "Boxes cut at the borders of their images; size 0 is unknown."
-    b = boxes_xywh.copy(); known = (wh > 0).all(1)
-    lo, hi = b[known, :2], b[known, :2]+b[known, 2:]
-    lo = np.clip(lo, 0, np.maximum(wh[known]-1, 0))
-    b[known, :2] = lo
-    b[known, 2:] = np.maximum(np.clip(hi, 0, wh[known])-lo, 0)
-    return b
+    out = boxes_xywh.copy()
+    for i in range(len(out)):
+        for k in range(2):
+            full = sizes[image[i], k]
+            if not full > 0: continue
+            lo, hi = out[i, k], out[i, k]+out[i, 2+k]
+            if lo >= 0 and hi <= full: continue
+            out[i, k] = min(max(lo, 0.), max(full-1, 0.))
+            out[i, 2+k] = max(min(max(hi, 0.), full)-out[i, k], 0.)
+    return out
 
 def crowd_scores(gt:GroundTruth, det:Detections) -> dict:
     "`mr2` and `ji`, all classes and each; None where there is no object."
-    det = Detections(det.image, det.cat, _clip(det.boxes_xywh,
-        gt.sizes[det.image]), det.scores)
-    gt = GroundTruth(**vars(gt) | dict(boxes_xywh=_clip(gt.boxes_xywh,
-                                                    gt.sizes[gt.image])))
+    def cut(t): return _clip(t.boxes_xywh, t.image, gt.sizes)
+    det = Detections(det.image, det.cat, cut(det), det.scores)
+    gt = GroundTruth(**vars(gt) | dict(boxes_xywh=cut(gt)))
     g = group(gt, det)
     state = match_caltech(det.boxes_xywh[g.det], g.det_start,
         gt.boxes_xywh[g.obj], g.obj_start, gt.crowd[g.obj], .5)

@@ -114,7 +114,7 @@ def coco_scores(gt:GroundTruth, det:Detections, max_dets=(1, 10, 100),
             f"mar_500/{name}": _mean(r[:, k, 0, at(500)])}
     return out
 
-# %% ../../nbs/metrics/detection.ipynb #570e34f3
+# %% ../../nbs/metrics/detection.ipynb #e446e519
 def _torch_boxes(gt, det):
     "Predictions and targets, a dictionary an image, as torchmetrics reads."
     import torch
@@ -137,6 +137,8 @@ def torchmetrics_scores(gt:GroundTruth, det:Detections,
     out = {}
     for caps in (max_dets, (1, 300, 500)):
         m = MeanAveragePrecision("xywh", class_metrics=True, backend=backend,
+            iou_thresholds=np.linspace(.5, .95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
             max_detection_thresholds=[int(c) for c in caps])
         m.warn_on_many_detections = False
         m.update(*_torch_boxes(gt, det))
