@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Canvas', 'LIGHT', 'PAINT', 'canvas', 'prism', 'place', 'prism_faces', 'outline', 'shade', 'wheel', 'paint', 'new_box',
-           'grow', 'edge_box', 'put', 'draw_prism', 'ball_box', 'draw_capsule', 'shadow_prism', 'shadow_capsule']
+           'grow', 'edge_box', 'claim', 'put', 'draw_prism', 'ball_box', 'draw_capsule', 'shadow_prism',
+           'shadow_capsule']
 
 # %% ../../nbs/core/solids.ipynb #9b214056
 import math
@@ -14,14 +15,14 @@ from numba import njit
 from .lens import project_point, ray_many
 from .raster import hash01, noise2
 
-# %% ../../nbs/core/solids.ipynb #4d4f0ab4
+# %% ../../nbs/core/solids.ipynb #df71dd51
 Canvas = namedtuple("Canvas", "cam eye pad rays rgb depth ids mark")
 
 def canvas(
     camera, # a camera of `core.lens` with its size set
     pad:int=96, # pixels beyond each side whose rays are known
     scale:int=1, # samples a pixel in each direction
-) -> Canvas: # rgb (H, W, 3) float32 0..1, depth (H, W), ids, mark, rays
+) -> Canvas: # rgb (H, W, 3) float32 0..1, depth, ids (H, W), rays (3, …)
     "An empty picture with its rays, depths (metres) and object ids (-1)."
     if camera.size is None:
         raise ValueError("canvas: the camera needs size=(width, height)")
@@ -35,12 +36,13 @@ def canvas(
         r = np.hypot(uv[:, 0] - cam[2], uv[:, 1] - cam[3])
         rays[r > cam[1]*3.1] = 0
     cam[1:4] *= scale
-    rays = rays.reshape(len(y), len(x), 3).astype(np.float32)
+    rays = np.ascontiguousarray(rays.T, np.float32).reshape(
+        3, len(y), len(x))
     return Canvas(cam, camera.position, pad, rays,
                   np.zeros((h, w, 3), np.float32),
                   np.full((h, w), np.inf, np.float32),
                   np.full((h, w), -1, np.int32),
-                  np.full(rays.shape[:2], -1, np.int32))
+                  np.full(rays.shape[1:], -1, np.int32))
 
 # %% ../../nbs/core/solids.ipynb #13e1cf48
 def prism(
@@ -306,28 +308,35 @@ def edge_box(cam, V, e):
             grow(box, u, v, 0., 0.)
     return box
 
-# %% ../../nbs/core/solids.ipynb #5fb1e6cd
-@njit(cache=True)
+# %% ../../nbs/core/solids.ipynb #e7419c3c
+@njit(cache=True, inline="always")
+def claim(
+    mark, depth, pad, i, j, a, t, oid, box, # row, column, share, depth …
+): # bool: is the sample to be painted
+    "Count a sample of an object; is it in the frame and the nearest?"
+    inside = (i >= 0 and j >= 0 and i < depth.shape[0]
+              and j < depth.shape[1])
+    if a >= .5 and mark[i + pad, j + pad] != oid:
+        mark[i + pad, j + pad] = oid
+        box[4] += 1.
+        if inside and depth[i, j] > 0.:
+            box[5] += 1.
+            box[6], box[7] = min(box[6], j), min(box[7], i)
+            box[8], box[9] = max(box[8], j + 1), max(box[9], i + 1)
+    return inside and t < depth[i, j]
+
+@njit(cache=True, inline="always")
 def put(
-    cv, i, j, a, t, r, g, b, oid, box, # canvas, row, column, share, depth …
+    rgb, depth, ids, i, j, a, t, r, g, b, oid, # buffers, sample, colour
 ):
     "Lay one sample of an object on the canvas."
+    k = min(a, 1.)
+    rgb[i, j, 0] += (r - rgb[i, j, 0])*k
+    rgb[i, j, 1] += (g - rgb[i, j, 1])*k
+    rgb[i, j, 2] += (b - rgb[i, j, 2])*k
     if a >= .5:
-        if cv.mark[i + cv.pad, j + cv.pad] != oid:
-            cv.mark[i + cv.pad, j + cv.pad] = oid
-            box[4] += 1.
-    if i < 0 or j < 0 or i >= cv.rgb.shape[0] or j >= cv.rgb.shape[1]: return
-    if a >= .5 and cv.depth[i, j] > 0.:
-        box[5] += 1.
-        box[6], box[7] = min(box[6], j), min(box[7], i)
-        box[8], box[9] = max(box[8], j + 1), max(box[9], i + 1)
-    if t >= cv.depth[i, j]: return
-    cv.rgb[i, j, 0] += (r - cv.rgb[i, j, 0])*a
-    cv.rgb[i, j, 1] += (g - cv.rgb[i, j, 1])*a
-    cv.rgb[i, j, 2] += (b - cv.rgb[i, j, 2])*a
-    if a >= .5:
-        cv.depth[i, j] = t
-        cv.ids[i, j] = oid
+        depth[i, j] = t
+        ids[i, j] = oid
 
 @njit(cache=True)
 def _window(cv, box):
@@ -338,7 +347,7 @@ def _window(cv, box):
             max(int(math.floor(box[0] - 1)), -cv.pad),
             min(int(math.ceil(box[2] + 1)), W + cv.pad))
 
-# %% ../../nbs/core/solids.ipynb #ab02350a
+# %% ../../nbs/core/solids.ipynb #0a80d2bf
 @njit(cache=True)
 def draw_prism(
     cv, V, # canvas; (2K, 3) corners in the world
@@ -353,64 +362,85 @@ def draw_prism(
     b4 = edge_box(cv.cam, V, e)
     box[0], box[1] = min(box[0], b4[0]), min(box[1], b4[1])
     box[2], box[3] = max(box[2], b4[2]), max(box[3], b4[3])
-    y0, y1, x0, x1 = _window(cv, b4)
-    ch, sh = math.cos(heading), math.sin(heading)
-    off = np.empty(len(c))
+    _fill_prism(cv, _window(cv, b4), n, c, m, front, np.array([
+        ox, oy, oz, math.cos(heading), math.sin(heading)]), mat, L, lit, oid,
+        box)
+
+@njit(cache=True)
+def _inside_row(X, Y, Z, x0, e, out):
+    "How far inside all edges each ray of a row passes, in pixels, plus 0.5."
+    half, n = np.float32(.5), len(out)
+    for j in range(n): out[j] = np.float32(9)
+    for s in range(len(e)):
+        a, b, c = e[s, 0], e[s, 1], e[s, 2]
+        for j in range(n):
+            q = X[x0 + j]*a + Y[x0 + j]*b + Z[x0 + j]*c + half
+            out[j] = q if q < out[j] else out[j]
+    top = np.float32(0)
+    for j in range(n): top = out[j] if out[j] > top else top
+    return top > 0
+
+# %% ../../nbs/core/solids.ipynb #de582bba
+@njit(cache=True)
+def _front_faces(n, c, front, eye, ch, sh, L, lit):
+    "Front faces (F, 10): plane from the eye, own normal, light on white."
+    F, out = 0, np.empty((len(c), 10))
     for f in range(len(c)):
-        off[f] = c[f] - (n[f, 0]*cv.eye[0] + n[f, 1]*cv.eye[1]
-                         + n[f, 2]*cv.eye[2])
-    px, eye, S = cv.cam[1], cv.eye, len(m)
-    for i in range(y0, y1):
-        for j in range(x0, x1):
-            d = cv.rays[i + cv.pad, j + cv.pad]
-            a = 9.
-            for s in range(S):
-                q = (d[0]*m[s, 0] + d[1]*m[s, 1] + d[2]*m[s, 2])*px + .5
-                if q < a:
-                    a = q
-                    if a <= 0.: break
+        if not front[f]: continue
+        x, y, z = n[f, 0], n[f, 1], n[f, 2]
+        out[F, 0], out[F, 1], out[F, 2] = x, y, z
+        out[F, 3] = c[f] - x*eye[0] - y*eye[1] - z*eye[2]
+        out[F, 4], out[F, 5], out[F, 6] = ch*x + sh*y, ch*y - sh*x, z
+        out[F, 7], out[F, 8], out[F, 9] = shade(1., 1., 1., x, y, z, L, lit)
+        F += 1
+    return out[:F]
+
+@njit(cache=True, error_model="numpy")
+def _fill_prism(cv, win, n, c, m, front, axes, mat, L, lit, oid, box):
+    "The pixels of a prism."
+    rays, rgb, depth, ids, mark = cv.rays, cv.rgb, cv.depth, cv.ids, cv.mark
+    pad, ch, sh, night = cv.pad, axes[3], axes[4], L[12]
+    px, py, pz = cv.eye[0]-axes[0], cv.eye[1]-axes[1], cv.eye[2]-axes[2]
+    e32 = (m[:, :3]*cv.cam[1]).astype(np.float32)
+    fs = _front_faces(n, c, front, cv.eye, ch, sh, L, lit)
+    x0, inside = win[2] + pad, np.empty(max(0, win[3] - win[2]), np.float32)
+    for i in range(win[0], win[1]):
+        X, Y, Z = rays[0, i + pad], rays[1, i + pad], rays[2, i + pad]
+        if not _inside_row(X, Y, Z, x0, e32, inside): continue
+        for k in range(len(inside)):
+            a = inside[k]
             if a <= 0.: continue
-            t, hit = -1., -1
-            for f in range(len(c)):
-                if not front[f]: continue
-                q = n[f, 0]*d[0] + n[f, 1]*d[1] + n[f, 2]*d[2]
-                if q < -1e-6 and off[f]/q > t: t, hit = off[f]/q, f
-            if hit < 0: continue
-            if not _seen(cv, i, j, t):
-                put(cv, i, j, min(a, 1.), t, 0., 0., 0., oid, box)
-                continue
-            r, g, b = _surface(d, t, eye, ox, oy, oz, ch, sh, n[hit], mat,
-                               L, lit)
-            put(cv, i, j, min(a, 1.), t, r, g, b, oid, box)
-
-# %% ../../nbs/core/solids.ipynb #ce48a25d
-@njit(cache=True)
-def _seen(cv, i, j, t):
-    "Is something at depth t the nearest so far, and in the frame?"
-    return (i >= 0 and j >= 0 and i < cv.rgb.shape[0]
-            and j < cv.rgb.shape[1] and t < cv.depth[i, j])
+            j, dx, dy, dz = win[2] + k, X[x0+k], Y[x0+k], Z[x0+k]
+            t, h, dn = -1., -1, 0.
+            for f in range(len(fs)):
+                q = fs[f, 0]*dx + fs[f, 1]*dy + fs[f, 2]*dz
+                if q < -1e-6 and fs[f, 3]/q > t: t, h, dn = fs[f, 3]/q, f, q
+            if h < 0: continue
+            if not claim(mark, depth, pad, i, j, a, t, oid, box): continue
+            x, y = px + t*dx, py + t*dy
+            r, g, b, glow, gloss = paint(mat, ch*x + sh*y, ch*y - sh*x,
+                pz + t*dz, fs[h, 4], fs[h, 5], fs[h, 6], night)
+            u, v, w = r*fs[h, 7], g*fs[h, 8], b*fs[h, 9]
+            if gloss > 0.:
+                u, v, w = _mirror(u, v, w, gloss, dx - 2*dn*fs[h, 0],
+                    dy - 2*dn*fs[h, 1], dz - 2*dn*fs[h, 2], dn, L, lit)
+            put(rgb, depth, ids, i, j, a, t, u + glow*(r - u),
+                v + glow*(g - v), w + glow*(b - w), oid)
 
 @njit(cache=True)
-def _surface(d, t, eye, ox, oy, oz, ch, sh, n, mat, L, lit):
-    "Colour of a prism where a ray meets it: paint, light, sky in glass."
-    x, y = eye[0] + t*d[0] - ox, eye[1] + t*d[1] - oy
-    z = eye[2] + t*d[2] - oz
-    r, g, b, glow, gloss = paint(mat, ch*x + sh*y, ch*y - sh*x, z,
-        ch*n[0] + sh*n[1], ch*n[1] - sh*n[0], n[2], L[12])
-    p, q, s = shade(r, g, b, n[0], n[1], n[2], L, lit)
-    dn = d[0]*n[0] + d[1]*n[1] + d[2]*n[2]
-    rz = d[2] - 2*dn*n[2]  # how far up the mirrored ray looks
-    k = gloss*(.12 + .5*(1 + dn)**3)*max(0., min(1., .35 + rz))
-    p += k*(L[6]*1.1 - p)
-    q += k*(L[7]*1.1 - q)
-    s += k*(L[8]*1.15 - s)
-    h = (d[0]-2*dn*n[0])*L[0] + (d[1]-2*dn*n[1])*L[1] + rz*L[2]
+def _mirror(u, v, w, gloss, mx, my, mz, dn, L, lit):
+    "Sky and sun in a glossy surface; m is the mirrored ray."
+    q = 1. + dn
+    k = gloss*(.12 + .5*q*q*q)*max(0., min(1., .35 + mz))
+    u += k*(L[6]*1.1 - u)
+    v += k*(L[7]*1.1 - v)
+    w += k*(L[8]*1.15 - w)
+    h = mx*L[0] + my*L[1] + mz*L[2]
     if h > .9:
         h = (h - .9)*10
-        p += gloss*lit*L[3]*.5*h*h
-        q += gloss*lit*L[4]*.5*h*h
-        s += gloss*lit*L[5]*.5*h*h
-    return p + glow*(r - p), q + glow*(g - q), s + glow*(b - s)
+        h *= gloss*lit*.5*h
+        return u + L[3]*h, v + L[4]*h, w + L[5]*h
+    return u, v, w
 
 # %% ../../nbs/core/solids.ipynb #22020ee1
 @njit(cache=True)
@@ -432,7 +462,7 @@ def ball_box(
     if s < 1e-9: grow(box, u, v, a, a)
     else: grow(box, u, v, math.hypot(a*p, b*q)/s, math.hypot(a*q, b*p)/s)
 
-# %% ../../nbs/core/solids.ipynb #835b0604
+# %% ../../nbs/core/solids.ipynb #fa221877
 @njit(cache=True)
 def draw_capsule(
     cv, p, q, r0, r1, # canvas; ends (3,) in the world; radii, metres
@@ -452,12 +482,22 @@ def draw_capsule(
         ball_box(cv.cam, p[0]+t*ax, p[1]+t*ay, p[2]+t*az, r0+t*(r1-r0), bb)
     box[0], box[1] = min(box[0], bb[0]), min(box[1], bb[1])
     box[2], box[3] = max(box[2], bb[2]), max(box[3], bb[3])
-    y0, y1, x0, x1 = _window(cv, bb)
-    for i in range(y0, y1):
-        for j in range(x0, x1):
-            d = cv.rays[i + cv.pad, j + cv.pad]
-            md = mx*d[0] + my*d[1] + mz*d[2]
-            ad = ax*d[0] + ay*d[1] + az*d[2]
+    _fill_capsule(cv, _window(cv, bb), (mx, my, mz, ax, ay, az), r0, r1,
+                  (r, g, b, glow), L, lit, oid, box)
+
+@njit(cache=True, error_model="numpy")
+def _fill_capsule(cv, win, axis, r0, r1, col, L, lit, oid, box):
+    "The pixels of a capsule."
+    rays, depth, pad, px = cv.rays, cv.depth, cv.pad, cv.cam[1]
+    mx, my, mz, ax, ay, az = axis
+    r, g, b, glow = col
+    aa = ax*ax + ay*ay + az*az
+    mm, ma = mx*mx + my*my + mz*mz, mx*ax + my*ay + mz*az
+    for i in range(win[0], win[1]):
+        for j in range(win[2], win[3]):
+            dx, dy = rays[0, i + pad, j + pad], rays[1, i + pad, j + pad]
+            dz = rays[2, i + pad, j + pad]
+            md, ad = mx*dx + my*dy + mz*dz, ax*dx + ay*dy + az*dz
             w = aa - ad*ad
             s = (md*ad - ma)/w if w > 1e-9 else 0.
             s = min(1., max(0., s))
@@ -470,16 +510,13 @@ def draw_capsule(
             k = min(1., dd/rr)
             f = math.sqrt(1 - k*k)
             t2 = t - rr*f
-            if not _seen(cv, i, j, t2):
-                put(cv, i, j, min(a, 1.), t2, 0., 0., 0., oid, box)
-                continue
+            if not claim(cv.mark, depth, pad, i, j, a, t2, oid, box): continue
             h = k/(dd + 1e-9)
-            nx = (t*d[0] - mx - s*ax)*h - d[0]*f
-            ny = (t*d[1] - my - s*ay)*h - d[1]*f
-            nz = (t*d[2] - mz - s*az)*h - d[2]*f
-            u, v, w = shade(r, g, b, nx, ny, nz, L, lit)
-            put(cv, i, j, min(a, 1.), t2, u + glow*(r-u), v + glow*(g-v),
-                w + glow*(b-w), oid, box)
+            u, v, w = shade(r, g, b, (t*dx - mx - s*ax)*h - dx*f,
+                (t*dy - my - s*ay)*h - dy*f, (t*dz - mz - s*az)*h - dz*f,
+                L, lit)
+            put(cv.rgb, depth, cv.ids, i, j, a, t2, u + glow*(r - u),
+                v + glow*(g - v), w + glow*(b - w), oid)
 
 # %% ../../nbs/core/solids.ipynb #f440194d
 @njit(cache=True)

@@ -9,10 +9,11 @@ __all__ = ['TIMES', 'BACKGROUND', 'LOOKALIKE', 'WALLS', 'Light', 'draw_light', '
            'beam', 'glow', 'vehicle_lamps', 'light_ground', 'expose', 'count_ids', 'draw_traffic', 'draw_signals',
            'Street']
 
-# %% ../../nbs/core/street.ipynb #6d223186
+# %% ../../nbs/core/street.ipynb #867fa8ac
 import math
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
 from numba import njit
 from .lens import Fisheye, look_at, project_point
 from .raster import fbm, hash01, noise2
@@ -24,7 +25,7 @@ from crowdlens.core.bodies import (CARS, CLOTH, build, draw_body, pick,
     shadow_body)
 from .truth import make_truth
 
-# %% ../../nbs/core/street.ipynb #2ae5d56c
+# %% ../../nbs/core/street.ipynb #c0f2e3be
 TIMES = "MAEN"  # morning, afternoon, evening, night
 
 @dataclass
@@ -48,8 +49,8 @@ def draw_light(
     k = [1., .92, .8][1] if not dull else .12
     sunc = [np.array([1.05, .84, .58]), np.array([.95, .9, .8]),
             np.array([.2, .12, .1]), np.array([.02, .03, .05])][i]
-    skyc = [np.array([.42, .47, .58]), np.array([.5, .56, .66]),
-            np.array([.43, .38, .43]), np.array([.15, .155, .2])][i]
+    skyc = [np.array([.47, .51, .6]), np.array([.5, .56, .66]),
+            np.array([.41, .385, .45]), np.array([.16, .165, .21])][i]
     if dull: skyc = np.array([.72, .75, .8])
     sky = np.array([[[.93, .84, .7], [.5, .65, .85]],
                     [[.84, .89, .94], [.36, .56, .85]],
@@ -138,7 +139,7 @@ def _arrow(o, l, wide, n):
     q = (o - 9.)*.32
     return min(1., max(0., (q - t)/wide + .5))
 
-# %% ../../nbs/core/street.ipynb #09e09657
+# %% ../../nbs/core/street.ipynb #a42b3091
 @njit(cache=True)
 def asphalt(
     x, y, d, wide, seed, style, # metres, to the kerb, blur, site
@@ -148,7 +149,7 @@ def asphalt(
     if wide < .3: v += .05*(noise2(seed + 1, x*14, y*14) - .5)*(1 - wide/.3)
     v -= .035*max(0., fbm(seed + 2, x*.09, y*.09, 2) - .45)*4
     a = fbm(seed + 3, x*.35, y*.35, 3)
-    if abs(a - .5) < .012 and wide < .25 and style[4] < .7: v *= .72  # crack
+    if abs(a - .5) < .007 and wide < .2 and style[4] < .4: v *= .84  # crack
     i, j = math.floor(x/5.), math.floor(y/3.5)
     if hash01(seed + 4, i, j) < .07:  # a patch
         u, w = abs(x/5. - i - .5), abs(y/3.5 - j - .5)
@@ -422,7 +423,7 @@ def draw_camera(
     c = (w/2 + rng.normal()*.008*w, h/2 + rng.normal()*.008*h)
     return Fisheye(r/t, c, roll @ pose, tuple(size), t)
 
-# %% ../../nbs/core/street.ipynb #b5cbbb3d
+# %% ../../nbs/core/street.ipynb #2615a7b9
 @njit(cache=True)
 def paint_ground(
     cv, ground, shade, # canvas; (H, W, 2) metres, filled here; (H, W)
@@ -433,7 +434,7 @@ def paint_ground(
     H, W = shade.shape
     for i in range(H):
         for j in range(W):
-            d = cv.rays[i + cv.pad, j + cv.pad]
+            d = cv.rays[:, i + cv.pad, j + cv.pad]
             k = min(1., max(0., d[2]*2.2))
             hz = sky[0]*(1 - k) + sky[1]*k
             if d[2] > -.012:
@@ -463,12 +464,12 @@ def lamp_light(
     "Light of the street lamps at a point."
     s = 0.
     for k in range(len(lamps)):
-        d = ((x-lamps[k, 0])**2 + (y-lamps[k, 1])**2)/36.
+        d = ((x-lamps[k, 0])**2 + (y-lamps[k, 1])**2)/50.
         s += 1./(1. + d)**2
-    s = 1.25*min(s, 1.2)*max(0., night - .25)
+    s = 1.25*min(s, 1.2)*max(0., night - .3)
     return 1.02*s, .8*s, .5*s
 
-# %% ../../nbs/core/street.ipynb #b1b44dca
+# %% ../../nbs/core/street.ipynb #9b988491
 @njit(cache=True)
 def meet_ground(
     rays, eye, pad, H, W, # of a canvas
@@ -477,7 +478,7 @@ def meet_ground(
     out = np.full((H, W, 2), np.nan, np.float32)
     for i in range(H):
         for j in range(W):
-            d = rays[i + pad, j + pad]
+            d = rays[:, i + pad, j + pad]
             if d[2] > -.012: continue
             t = -eye[2]/d[2]
             out[i, j, 0] = eye[0] + t*d[0]
@@ -638,7 +639,7 @@ def vehicle_lamps(
             glow(cv, x - c*hl - s*w*side, y - s*hl + c*w*side, .75, .13,
                  1., .1, .06, p)
 
-# %% ../../nbs/core/street.ipynb #b6f57fbb
+# %% ../../nbs/core/street.ipynb #2d38fbce
 @njit(cache=True)
 def light_ground(
     cv, rgb, depth, ids, share, shade, lamp, # canvas, Standing, (H, W) each
@@ -657,18 +658,16 @@ def light_ground(
 
 @njit(cache=True)
 def expose(
-    cv, rim, tile, dy, dx, gain, noise, out, # noise tile and its shift
+    rgb, rim, tile, dy, dx, noise, out, # (H, 3W) float32, noise tile, shift
 ):
-    "Vignette, gain, noise: float picture to (H, W, 3) uint8."
-    H, W = rim.shape
-    for i in range(H):
-        row = tile[(i + dy) % tile.shape[0]]
-        for j in range(W):
-            k = rim[i, j]*gain*255.
-            n = noise if rim[i, j] > 0. else .25*noise
-            for c in range(3):
-                v = cv.rgb[i, j, c]*k + row[dx + 3*j + c]*n + .5
-                out[i, j, c] = np.uint8(min(255., max(0., v)))
+    "Vignette, gain and noise: to (H, 3W) uint8."
+    lo, hi, half = np.float32(0), np.float32(255), np.float32(.5)
+    s = np.float32(noise)
+    for i in range(rim.shape[0]):
+        row, a, k, o = tile[(i + dy) % tile.shape[0]], rgb[i], rim[i], out[i]
+        for j in range(rim.shape[1]):
+            v = a[j]*k[j] + row[dx + j]*s + half
+            o[j] = np.uint8(np.int32(min(hi, max(lo, v))))
 
 @njit(cache=True)
 def count_ids(
@@ -740,14 +739,14 @@ def draw_signals(
                      BACKGROUND, box)
         glow(cv, p[0], p[1], p[2], .2, c[0], c[1], c[2], .25 + .3*L[12])
 
-# %% ../../nbs/core/street.ipynb #d870e438
+# %% ../../nbs/core/street.ipynb #a0da77a3
 class Street:
     "A street crossing under a fisheye camera."
     classes, actions = CLASSES, ["stand", "walk"]
 
     def __init__(self,
         seed:int=0, # site = seed // 4, time of day = "MAEN"[seed % 4]
-        people:int=12, # road users about
+        people:int=12, # road users in view, roughly
         size=(640, 384), # (width, height), pixels
         fps:float=25, # frames a second
         camera=None, # a camera of `core.lens`; drawn from the site if None
@@ -761,10 +760,11 @@ class Street:
         self.light = draw_light(self.time_of_day, rng)
         self.gain = rng.uniform(.92, 1.1)
         self.things = furnish(self.plan, site, self.camera.position)
-        self.traffic = Traffic(seed, people, self.plan)
+        self.traffic = Traffic(seed, math.ceil(1.25*people), self.plan)
         self.still = paint_standing(self.camera, self.plan, self.light,
                                     self.things, site)
         self.canvas = canvas(self.camera)
+        self.rim = np.repeat(self.still.rim*np.float32(255*self.gain), 3, 1)
         self.tile = np.clip(np.random.default_rng(20).normal(
             0, 1, (256, 3*self.size[0] + 997)), -4, 4).astype(np.float32)
 
@@ -777,10 +777,7 @@ class Street:
             yield self.draw(k)
             self.traffic.forward(1/self.fps)
 
-# %% ../../nbs/core/street.ipynb #5089b146
-from fastcore.basics import patch
-
-# %% ../../nbs/core/street.ipynb #a34027b1
+# %% ../../nbs/core/street.ipynb #927d8737
 @patch
 def draw(self:Street,
     index:int, # frame number, from 1
@@ -799,9 +796,10 @@ def draw(self:Street,
     draw_signals(cv, self.things.signals, tr.t, L, spare)
     draw_traffic(cv, *more, 1)
     out = np.empty((h, w, 3), np.uint8)
-    expose(cv, st.rim, self.tile, int(hash01(self.seed, index, 1)*256),
-           int(hash01(self.seed, index, 2)*997), self.gain,
-           1.8 + 2.2*L[12], out)
+    expose(cv.rgb.reshape(h, -1), self.rim, self.tile,
+           int(hash01(self.seed, index, 1)*256),
+           int(hash01(self.seed, index, 2)*997), 1.8 + 2.2*L[12],
+           out.reshape(h, -1))
     return out, self._truth(index, boxes)
 
 @patch
@@ -816,21 +814,25 @@ def _truth(self:Street, index, boxes):
     foot = A[k, KIND] == PED
     j = np.flatnonzero(self.still.boxes[:, 5] > 0)
     d = self.still.boxes[j]
-    return make_truth(index, (index - 1)/self.fps, self.size, _fit(boxes[k]),
-        ids, seen[k]/np.maximum(boxes[k, 4], 1), 2,
+    lens = (self.size, self.camera.center,
+            getattr(self.camera, "circle", np.inf))
+    return make_truth(index, (index - 1)/self.fps, self.size,
+        _fit(boxes[k], *lens), ids, seen[k]/np.maximum(boxes[k, 4], 1), 2,
         labels=A[k, KIND].astype(int),
         actions=np.c_[foot & ~walks, foot & walks],
-        distractors_xyxy=_clipped(_fit(d), self.size),
+        distractors_xyxy=_clipped(_fit(d, *lens), self.size),
         distractor_ids=j + 1,
         distractors_visible=(seen[n + j]/np.maximum(d[:, 4], 1)).clip(
             0, 1).astype(np.float32))
 
-def _fit(b):
+def _fit(b, size, mid, circle):
     "Outline boxes, cut where the image circle cuts them."
-    inside = b[:, 6:]  # of the pixels in view
-    cut = np.r_[True, True, False, False]
-    off = np.where(cut, inside - b[:, :4], b[:, :4] - inside)
-    return b[:, :4]
+    full, view = b[:, :4].copy(), b[:, 6:]
+    x, y = full[:, [0, 2, 0, 2]] - mid[0], full[:, [1, 1, 3, 3]] - mid[1]
+    rim = (np.hypot(x, y) > circle - 1).any(1)
+    cut = rim[:, None] & (abs(_clipped(full, size) - view) > 1)
+    full[cut] = view[cut]
+    return full
 
 def _clipped(b, size):
     "Boxes clipped to the frame, float32."

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from .raster import hash01
 
-# %% ../../nbs/core/traffic.ipynb #dc9a9a81
+# %% ../../nbs/core/traffic.ipynb #5088c107
 CLASSES = ["Bus", "Bike", "Car", "Pedestrian", "Truck"]
 BUS, BIKE, CAR, PED, TRUCK = range(5)
 LANE = 3.3  # metres
@@ -24,7 +24,7 @@ class Plan:
     "Streets of one crossing."
     lanes: tuple = (2, 1) # lanes a direction of the road along x, along y
     arms: tuple = (0, 1, 2, 3) # arms there are: east, north, west, south
-    reach: float = 46. # metres from the middle to where traffic begins
+    reach: float = 42. # metres from the middle to where traffic begins
 
     def half(self,
         arm:int, # 0 to 3
