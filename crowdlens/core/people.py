@@ -347,7 +347,7 @@ def pose_people(
         up = _pose_legs(J[i], S[i], bodies[i], t, cos, sin)
         _pose_trunk(J[i], S[i], bodies[i], t, up, cos, sin)
 
-# %% ../../nbs/core/people.ipynb #a3014c9f
+# %% ../../nbs/core/people.ipynb #42329ac4
 _SK, _HR, _SH, _PT, _FT, _BD = 0, 1, 2, 3, 4, 5 # rows of the dress
 # joint a, b, radius a, b, colour, second colour, split (1 sleeve, 2 trousers,
 # 3 trousers below the knee, 4 none), part, behind by (metres)
@@ -374,7 +374,7 @@ LIMBS = np.array([
     (HAIR, HAIR, .057, .057, _HR, _HR, 4, 1, 0),
     (HAIR, TAIL, .045, .022, _HR, _HR, 4, 0, .01),
     (CHEST, NECK, .064, .048, _SH, _SH, 4, 0, -.015)], float)
-_SHADOW = np.array([0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 18])
+_SHADOW = np.array([2, 3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 18])
 
 # %% ../../nbs/core/people.ipynb #ca36c6d7
 @njit(cache=True)

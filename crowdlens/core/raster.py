@@ -106,22 +106,15 @@ def start(
     canvas.own[:] = 0
     canvas.seen[:] = 0 if seen is None else seen
 
-# %% ../../nbs/core/raster.ipynb #3240cd4f
-@njit(cache=True, inline="always")
-def _touch(ids, stamp, own, seen, y, x, obj, part):
-    "Give pixel (y, x) to `obj`, and keep the counts right."
-    if obj > 0:
-        s = stamp[y, x]
-        if s >> 1 != obj: own[obj, 0] += 1
-        if part == 1 and s != 2*obj + 1: own[obj, 1] += 1
-        if s >> 1 != obj or part == 1: stamp[y, x] = 2*obj + part
-        seen[obj, 0] += 1
-        if part == 1: seen[obj, 1] += 1
-    o = ids[y, x]
-    if o > 1:
-        seen[o >> 1, 0] -= 1
-        if o & 1: seen[o >> 1, 1] -= 1
-    ids[y, x] = 2*obj + part if obj > 0 else 0
+# %% ../../nbs/core/raster.ipynb #1dc60003
+@njit(cache=True)
+def _note(own, seen, obj, n0, n1, n2, n3):
+    "Add what a shape gained to the tables; nobody (0) gains nothing."
+    if obj <= 0: return
+    own[obj, 0] += n0
+    own[obj, 1] += n1
+    seen[obj, 0] += n2
+    seen[obj, 1] += n3
 
 # %% ../../nbs/core/raster.ipynb #850268ae
 @njit(cache=True)
@@ -144,39 +137,103 @@ def capsule_distance(
     if k > a*h: return math.sqrt((u - ub)**2 + (v - vb)**2) - rb
     return x*a + y*b - ra
 
-# %% ../../nbs/core/raster.ipynb #cb2e6cde
-@njit(cache=True)
+# %% ../../nbs/core/raster.ipynb #54ed08d1
+@njit(cache=True, error_model="numpy", inline="always")
+def _capsule_frame(ua, va, ra, ub, vb, rb):
+    "Length, axis, and the lean of the tangents of a capsule."
+    du, dv = ub - ua, vb - va
+    h = math.sqrt(du*du + dv*dv)
+    if h <= abs(ra - rb) + 1e-9: return 0., 0., 0., 0., 0.
+    b = (ra - rb)/h
+    return h, du/h, dv/h, math.sqrt(1. - b*b), b
+
+@njit(cache=True, error_model="numpy")
+def _row_span(y, ua, va, ra, ub, vb, rb, h, p, q, a, b):
+    "First and last u of a row of pixels inside a widened capsule."
+    lo, hi = 1e9, -1e9
+    d = ra*ra - (y - va)**2
+    if d >= 0.:
+        d = math.sqrt(d)
+        lo, hi = ua - d, ua + d
+    d = rb*rb - (y - vb)**2
+    if d >= 0.:
+        d = math.sqrt(d)
+        lo, hi = min(lo, ub - d), max(hi, ub + d)
+    if h == 0.: return lo, hi
+    for side in (-1., 1.):
+        n, m = b*p - side*a*q, b*q + side*a*p
+        y0, y1 = va + ra*m, vb + rb*m
+        if min(y0, y1) <= y <= max(y0, y1) and y0 != y1:
+            x0, x1 = ua + ra*n, ub + rb*n
+            x = x0 + (x1 - x0)*(y - y0)/(y1 - y0)
+            lo, hi = min(lo, x), max(hi, x)
+    return lo, hi
+
+# %% ../../nbs/core/raster.ipynb #18398625
+@njit(cache=True, error_model="numpy", inline="always")
+def _inside(px, py, c, h, p, q, a, b):
+    "Signed distance of a pixel to capsule row c, and its place along it."
+    x, y = px - c[0], py - c[1]
+    if h == 0.:
+        if c[2] >= c[5]: return math.sqrt(x*x + y*y) - c[2], 0.
+        return math.sqrt((px - c[3])**2 + (py - c[4])**2) - c[5], 1.
+    t = x*p + y*q
+    s = abs(x*q - y*p)
+    k = a*t - b*s
+    if k < 0.: d = math.sqrt(x*x + y*y) - c[2]
+    elif k > a*h: d = math.sqrt((px - c[3])**2 + (py - c[4])**2) - c[5]
+    else: d = s*a + t*b - c[2]
+    return d, min(1., max(0., t/h))
+
+@njit(cache=True, error_model="numpy")
 def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
     "Blend one capsule row into the buffers."
     H, W = ids.shape
     ua, va, ra, ub, vb, rb = c[0], c[1], c[2], c[3], c[4], c[5]
-    x0 = max(0, int(math.floor(min(ua - ra, ub - rb) - .5)))
-    x1 = min(W, int(math.ceil(max(ua + ra, ub + rb) + .5)))
+    h, p, q, a, b = _capsule_frame(ua, va, ra, ub, vb, rb)
+    part, flat, split = int(c[14]), c[15] != 0., c[7]
     y0 = max(0, int(math.floor(min(va - ra, vb - rb) - .5)))
     y1 = min(H, int(math.ceil(max(va + ra, vb + rb) + .5)))
-    du, dv = ub - ua, vb - va
-    hh = du*du + dv*dv
-    part = int(c[14])
+    rest, n0, n1, n2, n3 = 1. - light[3], 0, 0, 0, 0
+    if obj <= 0: obj = part = 0
+    me = 2*obj + part
     for y in range(y0, y1):
-        for x in range(x0, x1):
-            px, py = x + .5, y + .5
-            d = capsule_distance(px, py, ua, va, ra, ub, vb, rb)
+        py = y + .5
+        lo, hi = _row_span(py, ua, va, ra + .5, ub, vb, rb + .5, h, p, q, a, b)
+        for x in range(max(0, int(math.floor(lo))),
+                       min(W, int(math.ceil(max(hi, 0.))))):
+            px = x + .5
+            d, t = _inside(px, py, c, h, p, q, a, b)
             if d >= .5: continue
-            t = ((px - ua)*du + (py - va)*dv)/hh if hh > 1e-9 else 0.
-            t = min(1., max(0., t))
             s = 1.
-            if c[15] == 0.:
-                r = ra + (rb - ra)*t
-                n, m = (px - ua - du*t)/r, (py - va - dv*t)/r
+            if not flat:
+                r = 1./(ra + (rb - ra)*t)
+                n, m = (px - ua - (ub - ua)*t)*r, (py - va - (vb - va)*t)*r
                 z = math.sqrt(max(0., 1. - n*n - m*m))
-                s = light[3] + (1. - light[3])*max(
-                    0., n*light[0] + m*light[1] + z*light[2])
-            a = min(1., .5 - d)
-            k = 8 if t < c[7] else 11
+                s = light[3] + rest*max(0., n*light[0] + m*light[1]
+                                        + z*light[2])
+            k = 8 if t < split else 11
+            e = min(1., .5 - d)
             for i in range(3):
                 new = min(255., c[k + i]*s)
-                image[y, x, i] = int(image[y, x, i]*(1. - a) + new*a + .5)
-            if d <= 0.: _touch(ids, stamp, own, seen, y, x, obj, part)
+                if e < 1.: new = image[y, x, i]*(1. - e) + new*e
+                image[y, x, i] = np.uint8(new + .5)
+            if d > 0.: continue
+            o, m = ids[y, x], stamp[y, x]
+            if o == me and m == me: continue
+            if m >> 1 != obj: n0 += 1
+            if part == 1 and m != me: n1 += 1
+            if part == 1 or m >> 1 != obj: stamp[y, x] = me
+            if o == me: continue
+            ids[y, x] = me
+            if o >> 1 == obj: n3 += 2*part - 1
+            else:
+                n2 += 1
+                n3 += part
+                if o > 1:
+                    seen[o >> 1, 0] -= 1
+                    if o & 1: seen[o >> 1, 1] -= 1
+    _note(own, seen, obj, n0, n1, n2, n3)
 
 @njit(cache=True)
 def draw_capsules(
@@ -190,8 +247,8 @@ def draw_capsules(
     for i in range(len(caps)):
         _paint_capsule(image, ids, stamp, own, seen, caps[i], obj, light)
 
-# %% ../../nbs/core/raster.ipynb #caa87d6e
-@njit(cache=True)
+# %% ../../nbs/core/raster.ipynb #dcb848be
+@njit(cache=True, error_model="numpy")
 def _edge_area(acc, x0, y0, x1, y1, W, H):
     "Add one edge's signed area, row by row, to `acc`."
     if y0 == y1: return
@@ -222,7 +279,7 @@ def _edge_area(acc, x0, y0, x1, y1, W, H):
             prev = part - inside
         acc[y, j] += prev
 
-# %% ../../nbs/core/raster.ipynb #c0e0d7bc
+# %% ../../nbs/core/raster.ipynb #9c28f314
 @njit(cache=True)
 def _polygon_box(uv, W, H):
     "Pixel rows and columns that an outline may touch."
@@ -236,7 +293,7 @@ def _polygon_box(uv, W, H):
             max(0, int(math.floor(min(v0, H)))),
             min(H, int(math.ceil(max(v1, 0.)))), v0, v1)
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def draw_polygon(
     image, ids, stamp, own, seen, # the canvas' buffers
     acc, # (H+1, W+2) float32 scratch, all zero, left all zero
@@ -255,6 +312,9 @@ def draw_polygon(
         k = (i + 1)%n
         _edge_area(acc, uv[i, 0], uv[i, 1], uv[k, 0], uv[k, 1], W, H)
     x0, x1, y0, y1, v0, v1 = _polygon_box(uv, W, H)
+    n0 = n1 = n2 = n3 = 0
+    if obj <= 0: obj = part = 0
+    me = 2*obj + part
     for y in range(y0, y1):
         s = 0.
         t = min(1., max(0., (y + .5 - v0)/max(v1 - v0, 1e-6)))
@@ -266,10 +326,24 @@ def draw_polygon(
             if c < .004: continue
             for i in range(3):
                 new = rgb_top[i]*(1. - t) + rgb_bottom[i]*t
-                image[y, x, i] = int(image[y, x, i]*(1. - c*alpha)
-                                     + new*c*alpha + .5)
-            if c >= .5 and alpha >= .5:
-                _touch(ids, stamp, own, seen, y, x, obj, part)
+                image[y, x, i] = np.uint8(image[y, x, i]*(1. - c*alpha)
+                                          + new*c*alpha + .5)
+            if c < .5 or alpha < .5: continue
+            o, m = ids[y, x], stamp[y, x]
+            if o == me and m == me: continue
+            if m >> 1 != obj: n0 += 1
+            if part == 1 and m != me: n1 += 1
+            if part == 1 or m >> 1 != obj: stamp[y, x] = me
+            if o == me: continue
+            ids[y, x] = me
+            if o >> 1 == obj: n3 += 2*part - 1
+            else:
+                n2 += 1
+                n3 += part
+                if o > 1:
+                    seen[o >> 1, 0] -= 1
+                    if o & 1: seen[o >> 1, 1] -= 1
+    _note(own, seen, obj, n0, n1, n2, n3)
 
 # %% ../../nbs/core/raster.ipynb #c87cceec
 @njit(cache=True)
@@ -317,34 +391,38 @@ def capsule_box(
     if b[0] > b[2]: b[:] = np.nan
     return b
 
-# %% ../../nbs/core/raster.ipynb #8098eda3
-@njit(cache=True)
+# %% ../../nbs/core/raster.ipynb #54da7ffd
+@njit(cache=True, error_model="numpy")
 def outline_area(
     caps, # (n, 16) float64 capsule rows
     part=-1, # 1: heads only; -1: all
-    grid=48, # samples along the longer side at most
+    grid=48, # cells along the longer side at most
 ): # float64 pixels
     "Area of the union of capsules, in the frame and out of it."
     b = capsule_box(caps, part)
     if not b[0] <= b[2]: return 0.
     step = max(1., max(b[2] - b[0], b[3] - b[1])/grid)
+    u0, v0 = math.floor(b[0]), math.floor(b[1])
+    W, H = int((b[2] - u0)/step) + 1, int((b[3] - v0)/step) + 1
+    on = np.zeros((H, W), np.uint8)
+    for i in range(len(caps)):
+        c = caps[i]
+        if part >= 0 and int(c[14]) != part: continue
+        h, p, q, k, l = _capsule_frame(c[0], c[1], c[2], c[3], c[4], c[5])
+        y0, y1 = min(c[1] - c[2], c[4] - c[5]), max(c[1] + c[2], c[4] + c[5])
+        for y in range(max(0, int((y0 - v0)/step)),
+                       min(H, int((y1 - v0)/step) + 1)):
+            lo, hi = _row_span(v0 + (y + .5)*step, c[0], c[1], c[2], c[3],
+                               c[4], c[5], h, p, q, k, l)
+            for x in range(max(0, int(math.ceil((lo - u0)/step - .5))),
+                           min(W, int(math.floor((hi - u0)/step + .5)))):
+                on[y, x] = 1
     n = 0
-    y = math.floor(b[1]) + .5*step
-    while y < b[3]:
-        x = math.floor(b[0]) + .5*step
-        while x < b[2]:
-            for i in range(len(caps)):
-                c = caps[i]
-                if part >= 0 and int(c[14]) != part: continue
-                if capsule_distance(x, y, c[0], c[1], c[2], c[3], c[4],
-                                    c[5]) <= 0.:
-                    n += 1
-                    break
-            x += step
-        y += step
+    for y in range(H):
+        for x in range(W): n += on[y, x]
     return n*step*step
 
-# %% ../../nbs/core/raster.ipynb #830daeed
+# %% ../../nbs/core/raster.ipynb #f6dc11ad
 @njit(cache=True)
 def ground_map(
     cam, # (21,) float64 camera array
@@ -365,16 +443,43 @@ def ground_map(
             out[y, x, 2] = t/cam[1]
     return out
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy", inline="always")
 def _darken(image, base, cover, y, x, a, strength):
     "Deepen the shadow of a pixel to `a`."
     if a <= cover[y, x]: return
     cover[y, x] = a
     for i in range(3):
-        image[y, x, i] = int(base[y, x, i]*(1. - a*strength[i]) + .5)
+        image[y, x, i] = np.uint8(base[y, x, i]*(1. - a*strength[i]) + .5)
 
-# %% ../../nbs/core/raster.ipynb #bd6a5671
-@njit(cache=True)
+# %% ../../nbs/core/raster.ipynb #950e50c1
+@njit(cache=True, error_model="numpy")
+def _end_box(cam, x, y, r, out):
+    "Pixel box of a square of half width r on the ground; False behind."
+    out[0] = out[1] = 1e9
+    out[2] = out[3] = -1e9
+    for e in range(4):
+        u, v, d = project_point(cam, x + r*(e%2*2 - 1), y + r*(e//2*2 - 1), 0.)
+        if not d > .15: return False
+        out[0], out[1] = min(out[0], u), min(out[1], v)
+        out[2], out[3] = max(out[2], u), max(out[3], v)
+    return True
+
+@njit(cache=True, error_model="numpy")
+def _sweep_span(y, a, b):
+    "Where row y crosses the shape that box a sweeps on its way to box b."
+    t0, t1 = 0., 1.
+    for k in range(2): # top a1 + t(b1 - a1) <= y, bottom a3 + t(b3 - a3) >= y
+        f, g = (y - a[1], b[1] - a[1]) if k == 0 else (a[3] - y, a[3] - b[3])
+        if g == 0.:
+            if f < 0.: return 1., 0.
+        elif g > 0.: t1 = min(t1, f/g)
+        else: t0 = max(t0, f/g)
+    if t0 > t1: return 1., 0.
+    return (min(a[0] + t0*(b[0] - a[0]), a[0] + t1*(b[0] - a[0])),
+            max(a[2] + t0*(b[2] - a[2]), a[2] + t1*(b[2] - a[2])))
+
+# %% ../../nbs/core/raster.ipynb #6d92f07e
+@njit(cache=True, error_model="numpy")
 def shade_capsules(
     image, # (H, W, 3) uint8, darkened in place
     base, # (H, W, 3) uint8, the picture without shadows
@@ -387,22 +492,25 @@ def shade_capsules(
 ):
     "Draw shadows of capsules that lie on the ground."
     H, W = image.shape[:2]
+    p, q, row = np.empty(4), np.empty(4), np.empty(6)
     for i in range(len(caps)):
         c = caps[i]
-        u0 = v0 = 1e9
-        u1 = v1 = -1e9
-        for e in range(8):
-            k = 3*(e//4)
-            r = c[k + 2] + soft
-            u, v, d = project_point(cam, c[k] + r*(e%2*2 - 1),
-                                    c[k + 1] + r*(e//2%2*2 - 1), 0.)
-            if not d > .15: continue
-            u0, u1, v0, v1 = min(u0, u), max(u1, u), min(v0, v), max(v1, v)
-        for y in range(max(0, int(v0) - 1), min(H, int(v1) + 2)):
-            for x in range(max(0, int(u0) - 1), min(W, int(u1) + 2)):
+        if not _end_box(cam, c[0], c[1], c[2] + soft, p): continue
+        if not _end_box(cam, c[3], c[4], c[5] + soft, q): continue
+        h, dx, dy, a, b = _capsule_frame(c[0], c[1], c[2], c[3], c[4], c[5])
+        for k in range(2):
+            p[k] -= 1.5
+            q[k] -= 1.5
+            p[2 + k] += 1.5
+            q[2 + k] += 1.5
+        for y in range(max(0, int(min(p[1], q[1]))),
+                       min(H, int(max(0., max(p[3], q[3]))))):
+            lo, hi = _sweep_span(y + .5, p, q)
+            for x in range(max(0, int(lo)), min(W, int(max(hi + 1., 0.)))):
+                if cover[y, x] >= 1.: continue
                 gx, gy = ground[y, x, 0], ground[y, x, 1]
                 if math.isnan(gx): continue
-                d = capsule_distance(gx, gy, c[0], c[1], c[2], c[3], c[4], c[5])
+                d = _inside(gx, gy, c, h, dx, dy, a, b)[0]
                 w = soft + .7*ground[y, x, 2]
                 if d >= w: continue
                 _darken(image, base, cover, y, x, min(1., .5 - .5*d/w),

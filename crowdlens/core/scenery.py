@@ -369,7 +369,7 @@ def draw_boards(canvas, cam, light, rng, a, b, out):
         quad(canvas, cam, p, p + .985*d, .88, .92, f*.6 + 90, f*.6 + 90)
     return posters
 
-# %% ../../nbs/core/scenery.ipynb #4361859c
+# %% ../../nbs/core/scenery.ipynb #f2bb589c
 def draw_steps(canvas, cam, light, a, b, out, rows=4):
     "A stand of `rows` steps behind a side of boards."
     c = light.colors
@@ -377,8 +377,8 @@ def draw_steps(canvas, cam, light, a, b, out, rows=4):
     for k in reversed(range(rows)):
         p, q = a + out*(2.3 + .9*k), b + out*(2.3 + .9*k)
         z = .55*(k + 1)
-        quad(canvas, cam, p, q, z, z + .5, grey*.62, grey*.55)
-        quad(canvas, cam, p, q, z - .55, z, grey*(.86 - .03*k), grey*.7)
+        quad(canvas, cam, p, q, z, z + .5, grey*.8, grey*.72)
+        quad(canvas, cam, p, q, z - .55, z, grey*(1.1 - .03*k), grey*.94)
 
 def pick_spectators(rng, a, b, out, rows, share):
     "Places (n, 3), metres, of people on the steps (rows 0: on the ground)."

@@ -152,7 +152,7 @@ def _detect_object(out, n, box, visible, size, style, seed, key, frame, time):
                   time)
     return n
 
-# %% ../../nbs/core/truth.ipynb #c34164d2
+# %% ../../nbs/core/truth.ipynb #03aeeb19
 @njit(cache=True)
 def _detect_clutter(out, n, size, typical, style, seed, frame, time):
     "False alarms of one frame."
@@ -181,7 +181,8 @@ def _detect(boxes, visible, ids, extras, extra_ids, extra_visible, size,
     for i in range(len(extra_ids)):
         key = 500_001 + 10*extra_ids[i]
         u = .5 + .5*math.erf(wobble(seed, key, 2, time)/math.sqrt(2.))
-        if u > style[10]*extra_visible[i]: continue
+        few = min(1., 6./len(extra_ids))
+        if u > style[10]*extra_visible[i]*few: continue
         z = (style[11] + .5*hash_normal(seed, key, -1, 1)
              + .5*wobble(seed, key, 1, time))
         n = _emit(out, n, extras[i], z, .05, style, seed, key, frame, time)
