@@ -73,7 +73,7 @@ def _png_size(fd, buf):
         i += 12 + n
     return (w, h, turn) if w and h else None
 
-# %% ../../nbs/core/images.ipynb #b389ffc4
+# %% ../../nbs/core/images.ipynb #7e6cb660
 def _other_size(path):
     "(width, height, orientation) by Pillow; OSError where it fails."
     with warnings.catch_warnings():
@@ -92,6 +92,7 @@ def _other_size(path):
 def _stored_size(path, fd):
     "(width, height, orientation) of the image at `path`, open as `fd`."
     buf = os.read(fd, 2048)
+    if not buf: raise OSError("an empty file")
     got = (_jpeg_size(fd, buf) if buf[:2] == b"\xff\xd8" else
            _png_size(fd, buf) if buf[:4] == b"\x89PNG" else None)
     w, h, turn = got or _other_size(path)
@@ -116,10 +117,11 @@ def _unreadable(path, why):
     return InputError(f"no image that can be read ({why})".replace(
         f" {os.fspath(path)!r}", ""), path, fix="replace or remove this file")
 
-# %% ../../nbs/core/images.ipynb #fe2032d3
+# %% ../../nbs/core/images.ipynb #a5f4b355
 _TURN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1],
          4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a[:, ::-1]),
+         6: lambda a: np.rot90(a, -1),
+         7: lambda a: a.swapaxes(0, 1)[::-1, ::-1],
          8: lambda a: np.rot90(a)}  # orientation -> upright
 
 def _by_pillow(path):

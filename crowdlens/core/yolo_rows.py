@@ -31,7 +31,19 @@ def _divide(m, k):
     left = ((hi - p) - (((a*c - p) + a*d + b*c) + b*d)) + lo
     return q + left / ten
 
-# %% ../../nbs/core/yolo_rows.ipynb #b25f02cc
+# %% ../../nbs/core/yolo_rows.ipynb #958736a0
+@_jit
+def _space(c):
+    "Whether the byte `c` ends a token: a blank, a tab, or a line's end."
+    return c == 32 or 9 <= c <= 13
+
+@_jit
+def _skip(b, i):
+    "The next position from `i` on that is no blank within its line."
+    while b[i] == 32 or b[i] == 9 or b[i] == 11 or b[i] == 12: i += 1
+    return i
+
+# %% ../../nbs/core/yolo_rows.ipynb #1f714051
 @_jit
 def _digits(b, i, m):
     "Go on with the whole number `m`: (position behind its digits, number)."
@@ -58,7 +70,7 @@ def _number(b, i):
         i, e, ok = _exponent(b, i + 1)
         k -= e
         if not ok: n = 0
-    if n == 0 or b[i] > 32: return _special(b, at)
+    if n == 0 or not _space(b[i]): return _special(b, at)
     if n > 19: n = _significant(b, first, end)
     if n > 19 or k < -22 or k > 22 or (k < 0 and n - k > 15):
         return np.nan, i, _LONG
@@ -85,20 +97,20 @@ def _exponent(b, i):
         i += 1
     return i, -e if neg else e, i > first
 
-# %% ../../nbs/core/yolo_rows.ipynb #439e0427
+# %% ../../nbs/core/yolo_rows.ipynb #81b43bc0
 @_jit
 def _special(b, i):
     "A token that is no decimal number: nan, inf, infinity, or a word."
     if b[i] == 45 or b[i] == 43: i += 1
     j, kind = i, _WORD
-    while b[i] > 32: i += 1
+    while not _space(b[i]): i += 1
     n, c = i - j, (b[j] | 32, b[j+1] | 32, b[j+2] | 32)
     if n == 3 and c == (110, 97, 110): kind = _OK
     if n == 3 and c == (105, 110, 102): kind = _OK
     if n == 8 and c == (105, 110, 102) and (b[j+7] | 32) == 121: kind = _OK
     return np.nan, i, kind
 
-# %% ../../nbs/core/yolo_rows.ipynb #650e9cae
+# %% ../../nbs/core/yolo_rows.ipynb #6edc3193
 _ODD_WORD, _ODD_CLASS, _ODD_NAN, _ODD_LONG = 1, 2, 4, 8
 
 @_jit
@@ -106,7 +118,7 @@ def _row(b, i, v, r):
     "Read the row at b[i] into v[r] (6 numbers): (position, count, odd)."
     n, odd = 0, 0
     while True:
-        while b[i] <= 32 and b[i] != 10 and b[i] != 13: i += 1
+        i = _skip(b, i)
         if b[i] == 10 or b[i] == 13: return i, n, odd
         x, i, kind = _number(b, i)
         if n < 6: v[r, n] = x
@@ -115,7 +127,7 @@ def _row(b, i, v, r):
         elif x != x: odd |= _ODD_NAN
         n += 1
 
-# %% ../../nbs/core/yolo_rows.ipynb #25626ba0
+# %% ../../nbs/core/yolo_rows.ipynb #83c33826
 @_jit
 def _polygon(b, i, v, r):
     "Put the box of the polygon at b[i] into v[r, 1:5], as cx, cy, w, h."
@@ -130,12 +142,6 @@ def _polygon(b, i, v, r):
         else: x0, x1 = min(x0, x), max(x1, x)
     v[r, 1], v[r, 2], v[r, 3], v[r, 4] = (
         (x0 + x1)/2, (y0 + y1)/2, x1 - x0, y1 - y0)
-
-@_jit
-def _skip(b, i):
-    "The next position from `i` on that is no blank within its line."
-    while b[i] <= 32 and b[i] != 10 and b[i] != 13: i += 1
-    return i
 
 # %% ../../nbs/core/yolo_rows.ipynb #26082c16
 BOX, CONF, POLYGON, POSE, UNKNOWN = 0, 1, 2, 3, 255
@@ -207,7 +213,7 @@ def read_rows(texts:list[bytes], # contents of label files
     for i in np.flatnonzero(r.odd & _ODD_LONG): _careful(r, i, buf, at[i], pose)
     return r
 
-# %% ../../nbs/core/yolo_rows.ipynb #1aa8cf70
+# %% ../../nbs/core/yolo_rows.ipynb #64739d02
 def _careful(r, i, buf, at, pose):
     "Read row `i` of `r`, which begins at buf[at], again."
     end = min(e for c in b"\n\r" if (e := buf.find(c, at)) >= 0)
@@ -219,7 +225,8 @@ def _careful(r, i, buf, at, pose):
         r.odd[i] |= _ODD_NAN
     if _kind(len(x), pose) == POLYGON:
         p = np.array(x[1:]).reshape(-1, 2)
-        x[1:] = *(p.min(0) + p.max(0))/2, *(p.max(0) - p.min(0))
+        with np.errstate(invalid="ignore"):
+            x[1:] = *(p.min(0) + p.max(0))/2, *(p.max(0) - p.min(0))
     r.v[i, :min(6, len(x))] = x[:6]
 
 # %% ../../nbs/core/yolo_rows.ipynb #c4e23d28
