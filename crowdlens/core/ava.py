@@ -79,7 +79,7 @@ def read_text(path) -> str:
         raw[:e.start].count(b"\n") + 1) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
-# %% ../../nbs/core/ava.ipynb #bca47465
+# %% ../../nbs/core/ava.ipynb #31201cff
 def _columns(text, path) -> list: # of arrays: str, then float64, NaN: empty
     "The columns of a CSV or tab-separated text."
     if not text.strip(): return [np.empty(0, object)]
@@ -130,10 +130,10 @@ def _check_ava(second, box, action, person, scored, path, text):
     if not scored: tests.append(((box[:,:2] >= box[:,2:]).any(1),
                                  "an empty box"))
     for bad,msg in tests:
-        if bad.any(): raise InputError(msg, path, _line_of(
-            text, int(bad.argmax())), "divide by the frame's width and height" if "frac" in msg else
-            "read results and box lists with scored=True"
-            if "person" in msg else "")
+        if bad.any(): raise InputError(msg, path, _line_of(text, int(
+            bad.argmax())), "divide by the frame's width and height"
+            if "frac" in msg else "read results and box lists with "
+            "scored=True" if "person" in msg else "")
 
 # %% ../../nbs/core/ava.ipynb #ba641faa
 def save_ava(
