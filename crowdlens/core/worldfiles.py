@@ -42,7 +42,7 @@ def labelled(
         keep = (seen >= min_visible) & (side > min_size)
     return boxes[keep], labels[keep]
 
-# %% ../../nbs/core/worldfiles.ipynb #7e28c5d6
+# %% ../../nbs/core/worldfiles.ipynb #a174f791
 def _check_scene(scene):
     "Raise `InputError` for a scene that there is not."
     if scene not in CLASSES: raise InputError(f"no scene {scene!r}",
@@ -57,7 +57,8 @@ def _pool(n_tasks, workers):
 def _map(f, tasks, workers=None, desc=""):
     "`f(*task)` of every task, in order, in processes where it pays."
     n = _pool(len(tasks), workers)
-    todo = bar(range(len(tasks)), desc, unit="world")
+    todo = range(len(tasks))
+    if desc: todo = bar(todo, desc, unit="world")
     if n == 1: return [f(*tasks[i]) for i in todo]
     crew = [_hire(f.__name__, tasks[k::n]) for k in range(n)]
     out = []
@@ -72,7 +73,7 @@ def _map(f, tasks, workers=None, desc=""):
         for p in crew: p.kill(); p.wait(); p.stdout.close()
     return out
 
-# %% ../../nbs/core/worldfiles.ipynb #48bb913b
+# %% ../../nbs/core/worldfiles.ipynb #fec6924d
 def _hire(name, tasks):
     "A process that calls function `name` of this module on each task."
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -90,7 +91,8 @@ def _work():
         if os.getppid() != parent: return
         try: got = True, globals()[name](*t)
         except Exception as e: got = False, e
-        out.write(base64.b64encode(pickle.dumps(got)) + b"\n"); out.flush()
+        try: out.write(base64.b64encode(pickle.dumps(got)) + b"\n"); out.flush()
+        except BrokenPipeError: os._exit(1)  # nobody listens any more
 
 # %% ../../nbs/core/worldfiles.ipynb #f6d2229a
 def pick_frames(
