@@ -47,7 +47,7 @@ def _kind_of(fault, data):
     if cut or b"\xff\xd9" not in data[-2048:]: return "truncated_image"
     return "corrupt_jpeg"
 
-# %% ../../nbs/core/hashes.ipynb #aa2fd3cf
+# %% ../../nbs/core/hashes.ipynb #8eac6951
 def _decode_other(data):
     "Brightness of a PNG, BMP, WebP, TIFF …"
     try:
@@ -61,8 +61,9 @@ def _decode_other(data):
             if im.mode.startswith(("I", "F")): out = _range(np.asarray(im))
             else: out = np.asarray(im.convert("L"))
     except BadImage: raise
-    except (OSError, ValueError, SyntaxError, EOFError,
-            Image.DecompressionBombError) as e:
+    except Image.DecompressionBombError as e:
+        raise BadImage("unreadable_image", f"not decoded: {e}") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as e:
         raise BadImage("truncated_image", str(e)) from None
     if data[:4] == b"\x89PNG" and b"IEND" not in data[-4096:]:
         raise BadImage("truncated_image", "PNG without its end mark")
