@@ -739,7 +739,7 @@ def draw_signals(
                      BACKGROUND, box)
         glow(cv, p[0], p[1], p[2], .2, c[0], c[1], c[2], .25 + .3*L[12])
 
-# %% ../../nbs/core/street.ipynb #a0da77a3
+# %% ../../nbs/core/street.ipynb #01bbb562
 class Street:
     "A street crossing under a fisheye camera."
     classes, actions = CLASSES, ["stand", "walk"]
@@ -764,6 +764,7 @@ class Street:
         self.still = paint_standing(self.camera, self.plan, self.light,
                                     self.things, site)
         self.canvas = canvas(self.camera)
+        self.scratch = np.zeros((2, *self.still.depth.shape), np.float32)
         self.rim = np.repeat(self.still.rim*np.float32(255*self.gain), 3, 1)
         self.tile = np.clip(np.random.default_rng(20).normal(
             0, 1, (256, 3*self.size[0] + 997)), -4, 4).astype(np.float32)
@@ -777,7 +778,7 @@ class Street:
             yield self.draw(k)
             self.traffic.forward(1/self.fps)
 
-# %% ../../nbs/core/street.ipynb #927d8737
+# %% ../../nbs/core/street.ipynb #29057ce6
 @patch
 def draw(self:Street,
     index:int, # frame number, from 1
@@ -785,7 +786,8 @@ def draw(self:Street,
     "Draw the traffic as it stands now."
     st, cv, tr, li = self.still, self.canvas, self.traffic, self.light
     A, X, L, (h, w) = tr.A, tr.X, li.array, st.depth.shape
-    shade, lamp = np.zeros((2, h, w), np.float32)
+    self.scratch[:] = 0
+    shade, lamp = self.scratch
     boxes, spare = new_box(len(A)), new_box()[0]
     order = np.argsort(-np.hypot(*(X[:, :2] - cv.eye[:2]).T), kind="stable")
     more = (A, X, self.seed, L, self.things.lamps, st.lit, st.ground, order,
@@ -812,27 +814,32 @@ def _truth(self:Street, index, boxes):
     k, ids = k[np.argsort(ids)], np.sort(ids)
     walks = A[k, V] > .15
     foot = A[k, KIND] == PED
-    j = np.flatnonzero(self.still.boxes[:, 5] > 0)
+    m = len(self.still.boxes)
+    still = count_ids(self.still.ids, 0, LOOKALIKE, m)
+    j = np.flatnonzero(still > 0)
     d = self.still.boxes[j]
-    lens = (self.size, self.camera.center,
-            getattr(self.camera, "circle", np.inf))
-    return make_truth(index, (index - 1)/self.fps, self.size,
-        _fit(boxes[k], *lens), ids, seen[k]/np.maximum(boxes[k, 4], 1), 2,
+    t = make_truth(index, (index - 1)/self.fps, self.size, boxes[k, :4],
+        ids, seen[k]/np.maximum(boxes[k, 4], 1), 2,
         labels=A[k, KIND].astype(int),
         actions=np.c_[foot & ~walks, foot & walks],
-        distractors_xyxy=_clipped(_fit(d, *lens), self.size),
-        distractor_ids=j + 1,
+        distractors_xyxy=self._fit(d), distractor_ids=j + 1,
         distractors_visible=(seen[n + j]/np.maximum(d[:, 4], 1)).clip(
             0, 1).astype(np.float32))
+    t.boxes_xyxy = self._fit(boxes[k])
+    return t
 
-def _fit(b, size, mid, circle):
-    "Outline boxes, cut where the image circle cuts them."
-    full, view = b[:, :4].copy(), b[:, 6:]
-    x, y = full[:, [0, 2, 0, 2]] - mid[0], full[:, [1, 1, 3, 3]] - mid[1]
-    rim = (np.hypot(x, y) > circle - 1).any(1)
-    cut = rim[:, None] & (abs(_clipped(full, size) - view) > 1)
-    full[cut] = view[cut]
-    return full
+@patch
+def _fit(self:Street, b):
+    "Boxes of the outlines' parts in view: cut by frame or image circle."
+    cam, (w, h) = self.camera, self.size
+    full, view, out = b[:, :4], b[:, 6:], _clipped(b[:, :4], self.size)
+    x = full[:, [0, 2, 0, 2]] - cam.center[0]
+    y = full[:, [1, 1, 3, 3]] - cam.center[1]
+    edge = (np.hypot(x, y) > getattr(cam, "circle", np.inf) - 1).any(1)
+    edge |= (full[:, :2] < 0).any(1) | (full[:, 2:] > [w, h]).any(1)
+    cut = edge[:, None] & (abs(out - view) > 1)
+    out[cut] = view[cut]
+    return out
 
 def _clipped(b, size):
     "Boxes clipped to the frame, float32."

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from .raster import hash01
 
-# %% ../../nbs/core/traffic.ipynb #5088c107
+# %% ../../nbs/core/traffic.ipynb #b6d86577
 CLASSES = ["Bus", "Bike", "Car", "Pedestrian", "Truck"]
 BUS, BIKE, CAR, PED, TRUCK = range(5)
 LANE = 3.3  # metres
@@ -52,7 +52,8 @@ def draw_plan(
 ) -> Plan:
     "A site's streets, drawn from its seed."
     rng = np.random.default_rng([seed, 1])
-    lanes = [(2, 2), (2, 1), (1, 2), (1, 1)][rng.choice(4, p=[.4, .2, .2, .2])]
+    k = rng.choice(4, p=[.2, .25, .25, .3])
+    lanes = [(2, 2), (2, 1), (1, 2), (1, 1)][k]
     gone = rng.integers(4) if rng.random() < .25 else -1
     return Plan(lanes, tuple(a for a in range(4) if a != gone))
 
