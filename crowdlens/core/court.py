@@ -19,7 +19,7 @@ from crowdlens.core.scenery import (draw_light, draw_camera, make_backdrop,
     quad, Backdrop)
 from .truth import make_truth, clip
 
-# %% ../../nbs/core/court.ipynb #a90ab8f8
+# %% ../../nbs/core/court.ipynb #4386b3ce
 BALL_R = .115 # metres, a little larger than life
 _G = 9.81
 
@@ -30,7 +30,7 @@ def _fly(B, dt, hx, hy):
     for k in range(3): B[k] += B[3 + k]*dt
     B[8] += 9.*dt
     for k in range(2):
-        lim = (hx if k == 0 else hy) + 2.2
+        lim = (hx if k == 0 else hy) + 1.4
         if abs(B[k]) > lim:
             B[k] = lim if B[k] > 0. else -lim
             B[3 + k] *= -.4

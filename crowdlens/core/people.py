@@ -126,7 +126,7 @@ def _begin_serve(S, i, seed, t):
     aim = (2.*hash01(seed, i, int(s[COUNT]), 8) - 1.)*.5
     s[HEAD] = aim if s[X] < 0. else math.pi - aim
 
-# %% ../../nbs/core/people.ipynb #13cb84b8
+# %% ../../nbs/core/people.ipynb #09b22b4f
 @njit(cache=True)
 def _walk(s, dt):
     "Move one walker; True when it has arrived."
@@ -154,8 +154,9 @@ def _part_ways(S, dt, hx, hy):
             S[j, X] -= dx*k
             S[j, Y] -= dy*k
     for i in range(len(S)):
-        S[i, X] = min(hx + .6, max(-hx - .6, S[i, X]))
-        S[i, Y] = min(hy + .6, max(-hy - .6, S[i, Y]))
+        m = 1.5 if S[i, MODE] == FETCH else .6 # a ball may lie further out
+        S[i, X] = min(hx + m, max(-hx - m, S[i, X]))
+        S[i, Y] = min(hy + m, max(-hy - m, S[i, Y]))
 
 # %% ../../nbs/core/people.ipynb #7027b1d3
 @njit(cache=True)
