@@ -6,7 +6,7 @@
 __all__ = ['STAGE', 'Config', 'damaged_world', 'Audit', 'audit', 'missed', 'fix', 'split', 'advice', 'build_report', 'run',
            'write_flaws']
 
-# %% ../nbs/01_audit.ipynb #4b7916ed
+# %% ../nbs/01_audit.ipynb #cb62e88b
 import shutil,time
 from collections import Counter
 from dataclasses import dataclass,field
@@ -17,9 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from fastcore.basics import patch
+from filelock import FileLock
 from .core import config,runs
 from .core.config import machine
-from .core.files import InputError,atomic,show_path,write_json
+from crowdlens.core.files import (InputError,atomic,cache_dir,show_path,
+    write_json)
 from .core.hashes import clusters,first_of
 from .core.plots import save
 from .core.report import Report,nice,table_html
@@ -27,8 +29,9 @@ from .core.yolo import FLAW_ROWS,FLAWS,index,read_set
 from .core.yolo_fix import Rules,clean_labels,place
 from .core.yolo_flaws import (box_columns,content_flaws,contents,
     listed_twice,repeated_rows,unused_names)
-from .core.yolo_plots import (pick_pictures,picture_sheet,plot_areas,
-    plot_counts,plot_patches,plot_places,plot_shapes,plot_sizes,shapes)
+from crowdlens.core.yolo_plots import (pick_pictures,picture_sheet,plot_areas,
+    plot_aspects,plot_counts,plot_patches,plot_places,plot_shapes,plot_sizes,
+    shapes)
 from crowdlens.core.yolo_split import (BEFORE_NUMBER,assign,join,name_groups,
     write_lists)
 from .core.yolo_stats import (Boxes,class_rows,figures,per_patch,
@@ -65,16 +68,18 @@ class Config(config.Config):
         if not 0 <= self.near_bits < 128: raise InputError(
             f"near_bits={self.near_bits}: must be in 0..127")
 
-# %% ../nbs/01_audit.ipynb #1209fe70
-def damaged_world(folder, # where it is written
+# %% ../nbs/01_audit.ipynb #bd2b41d8
+def damaged_world(out:str="", # where `.cache` lies, as for `files.out_dir`
                   train:int=44, val:int=12,  # images
                   flaws:int=1,  # of each kind
                   seed:int=0) -> tuple:  # the set's folder, list of Planted
-    "The built-in world as a YOLO set with `flaws` of each kind of flaw."
+    "The built-in world as a YOLO set with `flaws` of each kind; drawn once."
     from crowdlens.core.worldfiles import write_yolo
-    root = Path(folder)/"world"
-    return root, write_yolo(root, train=train, val=val, seed=seed,
-                            flaws=flaws)
+    root = cache_dir(out)/"worlds"/f"court-{train}-{val}-{flaws}-{seed}"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{root}.lock", fallback_to_soft=False):
+        return root, write_yolo(root, train=train, val=val, seed=seed,
+                                flaws=flaws)
 
 # %% ../nbs/01_audit.ipynb #180821db
 @dataclass
@@ -235,7 +240,7 @@ def __repr__(self:Audit):
     return (f"Audit({show_path(self.set.source)}: {m['images']:,} images, "
             f"{m['boxes']:,} boxes, {m['flaws']:,} flaws)")
 
-# %% ../nbs/01_audit.ipynb #2b5f27cd
+# %% ../nbs/01_audit.ipynb #7de29878
 @patch
 def charts(self:Audit, shortest:int=960, longest:int=1536, patch:int=16,
            queries:int=300) -> dict:  # name -> (figure, caption)
@@ -252,6 +257,7 @@ def charts(self:Audit, shortest:int=960, longest:int=1536, patch:int=16,
                "smaller than one patch."),
         areas=(plot_areas(self.classes), "Small is below 32² pixels, large "
                "from 96² on, as COCO counts."),
+        aspects=(plot_aspects(b, self.names), "Width over height of boxes."),
         patches=(plot_patches(held, patch), "Objects by the number of centres "
                  "in their patch. One token must tell apart all that share "
                  "its patch."),
@@ -390,7 +396,7 @@ def advice(a:Audit, cfg) -> list: # an Audit, a Config -> (text, kind)
         "without that.", "bad"))
     return got
 
-# %% ../nbs/01_audit.ipynb #0ac8901b
+# %% ../nbs/01_audit.ipynb #cd8c7683
 _ROWS = dict(images="images", label_files="… with a label file",
     boxes="boxes", boxes_per_image="boxes an image, mean",
     boxes_per_image_p05="… 5 % have at most",
@@ -428,7 +434,9 @@ def build_report(a:Audit, cfg, charts:dict, sheets:dict, # name -> picture
     if not cfg.pixels: r.say("Pixels were not looked at: broken and duplicate "
                              "images are not among these.", "dim")
     r.heading("Splits").table(_split_rows(a))
-    r.heading("Classes").table(_class_table(a))
+    r.heading("Classes").say("Heights and shapes: 5 % of the boxes are below "
+        "the first number, half below the second, 95 % below the third.", "dim")
+    r.table(_class_table(a))
     for k, (fig, text) in charts.items(): r.picture(fig, text, k)
     r.heading("Sizes of images").table(shapes(a.whole()[0].size), most=12)
     for k, im in sheets.items():
@@ -443,16 +451,24 @@ def _split_rows(a):
     return [{"figure": v, "all": m[k], **{s: m[f"{s}/{k}"] for s in sp}}
             for k, v in _ROWS.items() if k in m and (m[k] or k not in rare)]
 
+_CLASS = ("class", "boxes", "images", "most in an image")
+
 def _class_table(a):
-    "The rows of classes that have boxes, shares of areas in one cell."
-    def cell(r, what): return " / ".join(
+    "Classes that have boxes; 5 %, median and 95 % or shares in one cell."
+    def three(r, k, f): return " / ".join(f"{r[q]:{f}}" if r[q] is not None
+        else "–" for q in (f"{k}, 5 %", k, f"{k}, 95 %"))
+    def areas(r, what): return " / ".join(
         f"{100*(r[s+what] or 0):.0f}" for s in ("small", "medium", "large"))
-    return [{**{k: r[k] for k in r if k.split()[0] not in (
-        "small", "medium", "large")}, "small / medium / large, %": cell(r, ""),
-        "… in training": cell(r, " in training")} for r in sorted(
+    return [{**{k: r[k] for k in _CLASS},
+        "height, px": three(r, "height, px", ".0f"),
+        "share of the image's": three(r, "height, share of the image", ".2f"),
+        "in training, px": three(r, "height in training, px", ".0f"),
+        "width/height": three(r, "aspect (w/h)", ".2f"),
+        "small / medium / large, %": areas(r, ""),
+        "in training, %": areas(r, " in training")} for r in sorted(
         a.classes, key=lambda r: -r["boxes"]) if r["boxes"]]
 
-# %% ../nbs/01_audit.ipynb #56ff8449
+# %% ../nbs/01_audit.ipynb #46a39a64
 def run(cfg:Config) -> runs.Result:
     "Audit `cfg.root`, or the built-in world, into the run's folder."
     with runs.Run(STAGE, cfg) as r:
@@ -460,7 +476,7 @@ def run(cfg:Config) -> runs.Result:
         root, planted = cfg.root, None
         if not root:
             r.log("drawing the built-in world, with flaws planted in it")
-            root, planted = damaged_world(r.folder, cfg.world_train,
+            root, planted = damaged_world(cfg.out, cfg.world_train,
                 cfg.world_val, cfg.world_flaws, cfg.seed)
         a = _audited(cfg, root, r)
         check = missed(a.flaws, planted) if planted is not None else None

@@ -110,7 +110,7 @@ def contact_sheet(
                                   INK, font)
     return np.array(page)
 
-# %% ../../nbs/core/plots.ipynb #5d09f138
+# %% ../../nbs/core/plots.ipynb #98a58a86
 STYLE = {"font.size": 9, "font.family": "DejaVu Sans", "text.color": INK,
     "axes.edgecolor": "#b9bec6", "axes.labelcolor": INK, "axes.titlesize": 9.5,
     "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -127,7 +127,7 @@ def use_style(): # a context manager
 def new_figure(rows=1, cols=1, size=(6, 2.6)): # size: inches
     "A figure of its own and its axes as an array of (rows, cols)."
     with use_style():
-        fig = Figure(figsize=size, layout="constrained", dpi=110)
+        fig = Figure(figsize=size, layout="constrained", dpi=75)
         return fig, fig.subplots(rows, cols, squeeze=False)
 
 # %% ../../nbs/core/plots.ipynb #8017c44c

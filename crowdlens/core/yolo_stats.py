@@ -238,7 +238,7 @@ def figures(b:Boxes, names=(), # class names by number
             persons_without_head=int((ps & (mate < 0)).sum()))
     return out
 
-# %% ../../nbs/core/yolo_stats.ipynb #9c170941
+# %% ../../nbs/core/yolo_stats.ipynb #d6068548
 def class_rows(b:Boxes, names, # class number -> name, or a list of names
                shortest:int=960, longest:int=1536,  # pixels
     ) -> list[dict]:
@@ -246,17 +246,23 @@ def class_rows(b:Boxes, names, # class number -> name, or a list of names
     scale = train_scale(b.size, shortest, longest)
     order = np.argsort(b.cls, kind="stable"); cls = b.cls[order]
     here, seen = b.pixels()[order], b.pixels(scale)[order]
-    return [{"class": name, **_class_row(b.image[order[m]], here[m], seen[m])}
+    image, share = b.image[order], b.xywh[order, 2:]
+    return [{"class": name, **_class_row(image[m], here[m], seen[m], share[m])}
         for k, name in (names.items() if hasattr(names, "items") else
                         enumerate(names))
         for m in [slice(*np.searchsorted(cls, [k, k+1]))]]
 
-def _class_row(image, here, seen):
+def _class_row(image, here, seen, share):
     "Figures of one class: its images, sizes in the file and in training."
-    n = len(image); row = dict(boxes=n, images=len(np.unique(image)))
-    row["height, px"], = _q(here[:, 1], .5)
-    row["height in training, px"], = _q(seen[:, 1], .5)
-    row["aspect (w/h)"], = _q(here[:, 0]/np.maximum(here[:, 1], 1e-9), .5)
+    n = len(image); per = np.unique(image, return_counts=True)[1]
+    row = dict(boxes=n, images=len(per))
+    row["most in an image"] = int(per.max(initial=0))
+    for what, v in (("height, px", here[:, 1]), ("width, px", here[:, 0]),
+                    ("height in training, px", seen[:, 1]),
+                    ("height, share of the image", share[:, 1]),
+                    ("aspect (w/h)", here[:, 0]/np.maximum(here[:, 1], 1e-9))):
+        lo, row[what], hi = _q(v, .05, .5, .95)
+        row |= {f"{what}, 5 %": lo, f"{what}, 95 %": hi}
     for what, wh in (("", here), (" in training", seen)):
         a = area_class(wh.prod(1))
         for i, s in enumerate(AREAS):
