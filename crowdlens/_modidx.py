@@ -507,6 +507,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'crowdlens.core.raster._polygon_box': ('core/raster.html#_polygon_box', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._row_span': ('core/raster.html#_row_span', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._stir': ('core/raster.html#_stir', 'crowdlens/core/raster.py'),
+                                       'crowdlens.core.raster._sum_edges': ('core/raster.html#_sum_edges', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._sweep_span': ('core/raster.html#_sweep_span', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster.capsule_box': ('core/raster.html#capsule_box', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster.capsule_distance': ( 'core/raster.html#capsule_distance',

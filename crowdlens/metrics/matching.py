@@ -107,17 +107,34 @@ def largest_matching(near):  # (n,m) bool: may pair; rows best first
     for i in range(n): _augment(i, near, mate, came, queue, seen)
     return mate
 
-# %% ../../nbs/metrics/matching.ipynb #a525941a
+# %% ../../nbs/metrics/matching.ipynb #090415be
+@nb.njit(cache=True, nogil=True, error_model="numpy")
+def _overlaps32(a, b):  # (n,4) xywh, (m,4) xywh, float32
+    "(n,m) float32 intersection over union of corners."
+    out = np.zeros((len(a), len(b)), np.float32)
+    none = np.float32(0)
+    for i in range(len(a)):
+        x1, y1 = a[i, 0]+a[i, 2], a[i, 1]+a[i, 3]
+        own = (x1-a[i, 0])*(y1-a[i, 1])
+        for j in range(len(b)):
+            u1, v1 = b[j, 0]+b[j, 2], b[j, 1]+b[j, 3]
+            w = max(min(x1, u1)-max(a[i, 0], b[j, 0]), none)
+            h = max(min(y1, v1)-max(a[i, 1], b[j, 1]), none)
+            both = w*h
+            if both > 0:
+                out[i, j] = both/(own+(u1-b[j, 0])*(v1-b[j, 1])-both)
+    return out
+
 @nb.njit(cache=True, nogil=True)
 def match_by_overlap(dets, det_start, objs, obj_start, thr):
     "(D,) object that each detection is paired with or -1; (D,) overlap."
     found, iou = np.full(len(dets), -1), np.zeros(len(dets))
     taken = np.zeros(len(objs), np.bool_)
+    d32, o32 = dets.astype(np.float32), objs.astype(np.float32)
     for g in range(len(det_start)-1):
         d0, n = det_start[g], det_start[g+1]-det_start[g]
         o0, m = obj_start[g], obj_start[g+1]-obj_start[g]
-        val = overlaps(dets[d0:d0+n], objs[o0:o0+m],
-                       np.zeros(m, np.bool_)).ravel()
+        val = _overlaps32(d32[d0:d0+n], o32[o0:o0+m]).ravel()
         for k in np.argsort(-val, kind="mergesort"):
             if val[k] < thr: break
             d, o = d0+k//m, o0+k % m
