@@ -13,11 +13,13 @@ import numpy as np
 from PIL import Image,ImageOps
 from .files import InputError
 
-# %% ../../nbs/core/images.ipynb #303ce1ac
+# %% ../../nbs/core/images.ipynb #4c2aba36
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 200_000_000  # larger images are refused before decoding
 
-def is_image(name:str) -> bool:  # a file name
+def is_image(
+    name:str,  # a file name
+) -> bool:
     "Whether `name` ends as an image does."
     return name[-5:].lower().endswith(SUFFIXES)
 
@@ -73,7 +75,7 @@ def _png_size(fd, buf):
         i += 12 + n
     return (w, h, turn) if w and h else None
 
-# %% ../../nbs/core/images.ipynb #7e6cb660
+# %% ../../nbs/core/images.ipynb #0fe25e5e
 def _other_size(path):
     "(width, height, orientation) by Pillow; OSError where it fails."
     with warnings.catch_warnings():
@@ -98,14 +100,19 @@ def _stored_size(path, fd):
     w, h, turn = got or _other_size(path)
     return w, h, turn if turn in range(1, 9) else 1
 
-def header(path) -> tuple[int,int,int]:  # width, height, orientation
+# %% ../../nbs/core/images.ipynb #1f8d646d
+def header(
+    path,  # an image file
+) -> tuple[int,int,int]:  # width, height, orientation
     "Size in pixels as people see it, and EXIF tag; OSError if unreadable."
     fd = os.open(path, os.O_RDONLY)
     try: w, h, turn = _stored_size(path, fd)
     finally: os.close(fd)
     return (h, w, turn) if turn > 4 else (w, h, turn)
 
-def image_size(path) -> tuple[int,int]:  # width, height in pixels
+def image_size(
+    path,  # an image file
+) -> tuple[int,int]:  # width, height in pixels
     "The size of the image at `path`, EXIF honoured, without decoding it."
     try: return header(path)[:2]
     except OSError as e: raise _unreadable(path, e) from None
@@ -117,7 +124,7 @@ def _unreadable(path, why):
     return InputError(f"no image that can be read ({why})".replace(
         f" {os.fspath(path)!r}", ""), path, fix="replace or remove this file")
 
-# %% ../../nbs/core/images.ipynb #a5f4b355
+# %% ../../nbs/core/images.ipynb #223648e3
 _TURN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1],
          4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
          6: lambda a: np.rot90(a, -1),
@@ -137,8 +144,10 @@ def _by_pillow(path):
     a = a >> 8 if a.max(initial=0) > 255 else a
     return np.repeat(a.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
 
-def read_image(path, max_pixels:int=MAX_PIXELS # refused above this
-    ) -> np.ndarray:  # (H,W,3) uint8, RGB, EXIF honoured
+def read_image(
+    path,  # an image file
+    max_pixels:int=MAX_PIXELS,  # larger ones are refused before decoding
+) -> np.ndarray:  # (H,W,3) uint8, RGB, EXIF honoured
     "The pixels of the image at `path` as people see them."
     try:
         fd = os.open(path, os.O_RDONLY)
@@ -168,8 +177,10 @@ def _decode(path, data, turn):
         if a is not None: return _TURN[turn](a)
     return _by_pillow(path)
 
-# %% ../../nbs/core/images.ipynb #31bc9d45
-def content_hash(path) -> str:  # 32 hexadecimal digits
+# %% ../../nbs/core/images.ipynb #fab0ca9c
+def content_hash(
+    path,  # any file
+) -> str:  # 32 hexadecimal digits
     "BLAKE2b hash, 128 bits, of the bytes of the file at `path`."
     with open(path, "rb") as f: return hashlib.file_digest(
         f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -143,7 +143,7 @@ def _polygon(b, i, v, r):
     v[r, 1], v[r, 2], v[r, 3], v[r, 4] = (
         (x0 + x1)/2, (y0 + y1)/2, x1 - x0, y1 - y0)
 
-# %% ../../nbs/core/yolo_rows.ipynb #26082c16
+# %% ../../nbs/core/yolo_rows.ipynb #c5478f60
 BOX, CONF, POLYGON, POSE, UNKNOWN = 0, 1, 2, 3, 255
 KINDS = {BOX: "box", CONF: "box+conf", POLYGON: "polygon", POSE: "pose"}
 
@@ -155,7 +155,9 @@ def _kind(count, pose):
     if count == 6: return CONF
     return POLYGON if count >= 7 and count & 1 else UNKNOWN
 
-def pose_words(kpt_shape) -> int:  # (key points, 2 or 3), or None
+def pose_words(
+    kpt_shape,  # (key points, 2 or 3), or None
+) -> int:
     "How many words a pose row has, 0 where there are none."
     return 5 + math.prod(kpt_shape) if kpt_shape else 0
 
@@ -246,7 +248,7 @@ class Boxes:
     reason:np.ndarray  # uint8, index into REASONS
     past:np.ndarray  # float64, pixels past the edge; NaN: size unknown
 
-# %% ../../nbs/core/yolo_rows.ipynb #2063f31d
+# %% ../../nbs/core/yolo_rows.ipynb #3fda0ad3
 @_jit
 def _reason(kind, odd, c, named, w, h, past, far):
     "Index into REASONS of one row."
@@ -275,10 +277,13 @@ def _check(v, count, odd, named, sizes, pose, o):
         if k == UNKNOWN or odd[i] & 7: x = y = w = h = np.nan
         box[0, i], box[1, i], box[2, i], box[3, i] = x, y, w, h
 
-def check_rows(r:Rows, ids, # the class numbers that have names
-               sizes,  # (n,2) width, height of each row's image, 0: unknown
-               pose:int=0,  # words of a pose row, see `pose_words`
-    ) -> Boxes:
+# %% ../../nbs/core/yolo_rows.ipynb #de6bd369
+def check_rows(
+    r:Rows,  # from `read_rows`
+    ids,  # the class numbers that have names
+    sizes,  # (n,2) width, height of each row's image, 0: unknown
+    pose:int=0,  # words of a pose row, see `pose_words`
+) -> Boxes:
     "Class, box and first flaw of each row."
     n, named = len(r.v), np.zeros(max(ids) + 1, bool)
     named[list(ids)] = True

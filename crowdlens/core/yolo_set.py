@@ -40,7 +40,7 @@ FLAWS = dict(
     duplicate_across_splits="same bytes as an image of another split",
     near_duplicate_across_splits="nearly the same picture in another split")
 
-# %% ../../nbs/core/yolo_set.ipynb #ed452487
+# %% ../../nbs/core/yolo_set.ipynb #99a3a72b
 @dataclass
 class YoloSet:
     "A YOLO data set as found on disk."
@@ -50,7 +50,7 @@ class YoloSet:
     source:Path  # the file that held the names
     kpt_shape:tuple|None = None  # key points of pose rows: (count, 2 or 3)
     nc:int|None = None  # the stated number of classes
-    flaws:list = field(default_factory=list)  # (split, file, line, flaw, detail)
+    flaws:list = field(default_factory=list)  # split, file, line, flaw, detail
 
     def path(self, file:str) -> Path:  # a name from the set's tables
         "Where the file of that name lies."
@@ -160,11 +160,13 @@ def _from_darknet(path):
     if not ys.splits[None]: ys.splits[None] = [path.parent]
     return ys
 
-# %% ../../nbs/core/yolo_set.ipynb #18e59426
+# %% ../../nbs/core/yolo_set.ipynb #eeb0548b
 _LISTS = ("classes.txt", "obj.names", "classes.names", "labels.txt",
           "labels/classes.txt")
 
-def read_set(root) -> YoloSet:  # a folder, or a description (.yaml, .data)
+def read_set(
+    root,  # a folder, or a description (.yaml, .data)
+) -> YoloSet:
     "The YOLO set at `root`."
     root = Path(os.path.abspath(Path(root).expanduser()))
     try:
@@ -253,7 +255,7 @@ def _label_folder(folder):
             if os.path.isdir(p): return p
     return folder
 
-# %% ../../nbs/core/yolo_set.ipynb #b7280ac7
+# %% ../../nbs/core/yolo_set.ipynb #09eb31b4
 @dataclass
 class Scan:
     "The images of a split, sorted by name, and their labels."
@@ -267,6 +269,7 @@ class Scan:
 _NOT_LABELS = {"classes", "train", "val", "valid", "test", "labels",
                "predefined_classes", "obj", "readme", "license"}
 
+# %% ../../nbs/core/yolo_set.ipynb #928a3c70
 class _Scanner:
     "Lists folders once each, whatever asks for them."
     def __init__(self, ys):
@@ -340,8 +343,11 @@ def _list_folder(at, name, here, root):
     p = _beside(root, f"{at}/{name}")
     return str(p.parent) if p else None
 
-# %% ../../nbs/core/yolo_set.ipynb #0e8b3a3c
-def scan(ys:YoloSet, split=None) -> Scan:  # a set; one of its splits
+# %% ../../nbs/core/yolo_set.ipynb #717ade4d
+def scan(
+    ys:YoloSet,  # a set
+    split=None,  # one of its splits; None: the only one
+) -> Scan:
     "The images and labels of `split` as they lie on disk now."
     split, sc, flaws = ys.split(split), _Scanner(ys), []
     try:
