@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from crowdlens.core.lens import (Fisheye, Pinhole, look_at, outline_box,
+                                 reproject, roll, warp_boxes, warp_map,
                                  sample_edge)
 
 ANGLE = st.floats(-3, 3)
@@ -83,3 +84,37 @@ def test_circle_is_where_the_largest_angle_lands():
     cam = Fisheye(200, (0, 0), max_angle=1.5, k=(.01, 0, 0, 0))
     uv, _ = cam.project([[np.sin(1.5), 0, np.cos(1.5)]])
     assert np.isclose(uv[0, 0], cam.circle)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(-3.1, 3.1), st.integers(0, 999))
+def test_warps_go_there_and_back(angle, seed):
+    rng = np.random.default_rng(seed)
+    a = Fisheye(200, (160, 160), size=(320, 320))
+    b = roll(Fisheye(150, (150, 170), size=(320, 320), k=(.03, -.01)), angle)
+    uv = rng.uniform(40, 280, (60, 2))
+    assert np.allclose(reproject(reproject(uv, a, b), b, a), uv, atol=1e-6)
+    xy = rng.uniform(60, 200, (20, 2))
+    boxes = np.c_[xy, xy + rng.uniform(5, 60, (20, 2))]
+    assert np.allclose(warp_boxes(boxes, a, a), boxes)
+    # the warped box holds every warped point of the old one
+    p = boxes[:, None, :2] + rng.random((20, 30, 2))*(
+        boxes[:, None, 2:] - boxes[:, None, :2])
+    q, w = reproject(p, a, b), warp_boxes(boxes, a, b, 64)[:, None]
+    assert ((q > w[..., :2] - .05) & (q < w[..., 2:] + .05)).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_painted_box_and_its_warped_label_agree(seed):
+    rng = np.random.default_rng(seed)
+    src = Pinhole(rng.uniform(150, 260), (160, 120), size=(320, 240))
+    dst = roll(Fisheye(rng.uniform(110, 170), (160, 120), size=(320, 240)),
+               rng.uniform(-.5, .5))
+    x, y = rng.integers(40, 200), rng.integers(30, 130)
+    w, h = rng.integers(20, 80, 2)
+    im = np.zeros((240, 320), np.float32)
+    im[y:y + h, x:x + w] = 1
+    new = cv2.remap(im, warp_map(src, dst), None, cv2.INTER_LINEAR)
+    v, u = np.nonzero(new > .5)
+    got = warp_boxes([[x, y, x + w, y + h]], src, dst)[0]
+    assert abs(got - [u.min(), v.min(), u.max() + 1, v.max() + 1]).max() < 1.5

@@ -85,7 +85,7 @@ def set_paint(
     P[4], P[5], P[6] = b[0], b[1], b[2]
     P[7], P[8], P[9], P[10] = length, width, height, more
 
-# %% ../../nbs/core/bodies.ipynb #c04636b7
+# %% ../../nbs/core/bodies.ipynb #269feb39
 @njit(cache=True)
 def car(
     V, K, P, C, x, y, h, hl, hw, q, g, # arrays, place, half sizes, seeds
@@ -111,7 +111,8 @@ def car(
                   x, y, h)
     set_paint(P[1], 2, col, col, 2*hl, zb, top, -.15*hl)
     if u > .86 and u < .9 or pick(CARS, q, g, 22)[2] < .11 and col[0] > .8:
-        sign = np.array([[-.25, top], [.1, top], [.05, top+.17], [-.2, top+.17]])
+        sign = np.array([[-.25, top], [.1, top], [.05, top + .17],
+                         [-.2, top + .17]])
         n = add_prism(V, K, n, sign, np.array([.3, .3, .28, .28]), x, y, h)
         set_paint(P[2], 0, np.array([.95, .9, .6]), col, 1., 1., 1.)
     return n, 0

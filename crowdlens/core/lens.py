@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['look_at', 'project_point', 'pixel_ray', 'project_many', 'ray_many', 'Pinhole', 'Fisheye', 'sample_edge',
-           'outline_box']
+           'outline_box', 'reproject', 'warp_map', 'warp_boxes', 'roll']
 
-# %% ../../nbs/core/lens.ipynb #f6903585
+# %% ../../nbs/core/lens.ipynb #733245cc
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import numpy as np
 from numba import njit
 
@@ -185,3 +185,51 @@ def outline_box(
     uv = uv[~np.isnan(uv[:, 0])]
     if not len(uv): return np.full(4, np.nan)
     return np.r_[uv.min(0), uv.max(0)]
+
+# %% ../../nbs/core/lens.ipynb #d551cec2
+def reproject(
+    uv, # (..., 2) pixels of `src`
+    src, dst, # cameras, taken to stand in the same place
+) -> np.ndarray: # (..., 2) pixels of `dst`; NaN where it has no picture
+    "Where the rays of one camera's pixels land in another."
+    uv = np.asarray(uv, float)
+    out, _ = dst.project(dst.position + src.rays(uv))
+    if src.kind == 1:  # outside the image circle there is nothing to move
+        r = np.hypot(uv[..., 0] - src.center[0], uv[..., 1] - src.center[1])
+        out[r > src.circle + 1e-6] = np.nan
+    return out
+
+def warp_map(
+    src, dst, # cameras; `dst` with its size
+) -> np.ndarray: # (H, W, 2) float32 x, y to look up, as cv2.remap counts
+    "For each pixel of `dst`, where in `src`'s picture it lies; -1: nowhere."
+    w, h = dst.size
+    uv = np.stack(np.meshgrid(np.arange(w) + .5, np.arange(h) + .5), -1)
+    m = reproject(uv, dst, src) - .5  # cv2 counts from pixel centres
+    return np.where(np.isnan(m), -1, m).astype(np.float32)
+
+# %% ../../nbs/core/lens.ipynb #92d3b857
+def warp_boxes(
+    boxes_xyxy, # (N, 4) pixels of `src`
+    src, dst, # cameras, taken to stand in the same place
+    n:int=16, # samples an edge
+) -> np.ndarray: # (N, 4) float64 pixels of `dst`; NaN: out of its sight
+    "Tight boxes of the warped outlines of boxes."
+    b = np.asarray(boxes_xyxy, float).reshape(-1, 4)
+    c = b[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+    p = sample_edge(c, np.roll(c, -1, 1), n).reshape(len(b), -1, 2)
+    q = reproject(p, src, dst)
+    gone = np.isnan(q)
+    out = np.concatenate([np.where(gone, np.inf, q).min(1),
+                          np.where(gone, -np.inf, q).max(1)], 1)
+    out[gone[..., 0].all(1)] = np.nan
+    return out
+
+def roll(
+    camera, # a camera
+    angle:float, # radians, the picture turns clockwise
+): # the same kind of camera
+    "A camera turned about its optical axis."
+    c, s = math.cos(angle), math.sin(angle)
+    R = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1.]])
+    return replace(camera, pose=R @ camera.pose)

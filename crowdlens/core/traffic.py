@@ -154,8 +154,8 @@ def draw_paths(
     rows.sort(key=lambda r: r[-1])
     return Paths(*(np.array(c) for c in zip(*rows)))
 
-# %% ../../nbs/core/traffic.ipynb #9c444033
-CYCLE = 42.  # seconds: 11 ahead, 2.5 clear, 5 left, 2.5 clear; then across
+# %% ../../nbs/core/traffic.ipynb #10b94fa1
+CYCLE = 42.  # seconds: 10 ahead, 3.5 clear, 5 left, 2.5 clear; then across
 
 @njit(cache=True)
 def is_green(
@@ -172,7 +172,7 @@ def is_green(
         return h >= 13.5 and h < 18.5
     if gate >= 4:  # on foot: time enough to get over
         return h < 3. and along_y == (gate == 4)
-    return along_y == (gate == 2) and h < 11.
+    return along_y == (gate == 2) and h < 10.
 
 # %% ../../nbs/core/traffic.ipynb #dd514404
 KIND, PATH, S, V, V0, HL, HW, GEN, WAIT, GAIT, ON, SIDE = range(12)
@@ -256,7 +256,7 @@ def gap_ahead(
                 s += 1.
     return best, speed
 
-# %% ../../nbs/core/traffic.ipynb #25400382
+# %% ../../nbs/core/traffic.ipynb #99a69024
 @njit(cache=True)
 def _accelerate(A, i, gap, lead, v0):
     "Acceleration by the Intelligent Driver Model, m/s^2."
@@ -281,6 +281,7 @@ def step(
             _enter(A, X, i, xyh, length)
             continue
         red = not is_green(gate[p], t)
+        if A[i, HL] > 3.: red = red or not is_green(gate[p], t + 2.5)
         if A[i, KIND] == PED:
             ahead = stop[p] - A[i, S]
             hold = red and ahead >= 0. and ahead < .35
@@ -325,7 +326,7 @@ def _enter(A, X, i, xyh, length):
     A[i, ON] = 1.
     X[i, 0], X[i, 1], X[i, 2] = x, y, h
 
-# %% ../../nbs/core/traffic.ipynb #4953d571
+# %% ../../nbs/core/traffic.ipynb #cb869434
 def draw_kinds(
     n:int, # agents
     rng, # numpy Generator
@@ -365,7 +366,10 @@ class Traffic:
             draw_agent(A, i, self.seed, self.ends)
             A[i, ON] = 0
             for _ in range(40):
-                s = rng.uniform(0, .92)*p.length[int(A[i, PATH])]
+                k = int(A[i, PATH])
+                s = rng.uniform(0, .92)*p.length[k]
+                if A[i, KIND] != PED and p.stop[k] - 6 < s < p.curve[k, 1] + 6:
+                    continue
                 x = pose_of(A, i, p.xyh, p.length, s)
                 d = np.hypot(X[:i, 0] - x[0], X[:i, 1] - x[1])
                 if (d > A[:i, HL] + A[i, HL] + 1)[A[:i, ON] > 0].all():
