@@ -43,7 +43,8 @@ def worst(got, want, tol, relative=0.0):
         if not got.size:
             return 0.0
         got, want = got.astype(np.float64), want.astype(np.float64)
-        return _ratio(np.abs(got - want), tol + relative * np.abs(want), got, want)
+        with np.errstate(all="ignore"):
+            return _ratio(np.abs(got - want), tol + relative * np.abs(want), got, want)
     if isinstance(want, dict):
         if not isinstance(got, dict) or set(map(str, got)) != set(map(str, want)):
             return math.inf

@@ -84,12 +84,13 @@ def _jaccard(dets, scores, d_start, objs, crowd, o_start, thr):
                                                               d_in, i)
     return out
 
-# %% ../../nbs/metrics/crowds.ipynb #f162459d
+# %% ../../nbs/metrics/crowds.ipynb #99eabb6f
 def jaccard(gt:GroundTruth, det:Detections, groups, thr:float=.5):
     "(K,) best mean index of each class, NaN without any; (K,) its threshold."
     k, n, m = _jaccard(det.boxes_xywh[groups.det], det.scores[groups.det],
         groups.det_start, gt.boxes_xywh[groups.obj], gt.crowd[groups.obj],
-        groups.obj_start, thr).reshape(3, len(gt.cat_ids), -1, 10)
+        groups.obj_start, thr).reshape(3, len(gt.cat_ids), len(gt.image_ids),
+                                       10)
     there = (n > 0) | (m > 0)
     one = np.where(there, k/np.maximum(n+m-k, 1), 0)
     mean = one.sum(1)/np.maximum(there.sum(1), 1)

@@ -83,12 +83,13 @@ def _ids(rows, key, where, path):
     _blame(rows, key, _whole, "a whole number", where, path)
     return np.array([int(r[key]) for r in rows], np.int64)
 
-# %% ../../nbs/metrics/tables.ipynb #79de6d1a
+# %% ../../nbs/metrics/tables.ipynb #998aff0a
 def _floats(rows, key, where, path):
     "(N,) float64 of a field that holds finite numbers."
     try:
-        a = np.array([r[key] for r in rows], np.float64)
-        if a.ndim == 1 and np.isfinite(a).all(): return a
+        a = np.array([r[key] for r in rows])
+        if a.dtype.kind in "iuf" and a.ndim == 1 and np.isfinite(a).all():
+            return a.astype(np.float64)
     except (KeyError, TypeError, ValueError): pass
     _blame(rows, key, lambda v: _number(v) and math.isfinite(v),
            "a finite number", where, path)
@@ -102,7 +103,8 @@ def _boxes(rows, where, path):
     "(N,4) float64 of `bbox`: finite, and no width or height below 0."
     try:
         col = [r["bbox"] for r in rows]
-        if set(map(len, col)) <= {4}:
+        if set(map(len, col)) <= {4} and set(map(type, chain.from_iterable(
+                col))) <= {int, float, np.float64}:
             a = np.fromiter(chain.from_iterable(col), np.float64, 4*len(col))
             a = a.reshape(-1, 4)
             if np.isfinite(a).all() and (a[:, 2:] >= 0).all(): return a
