@@ -334,7 +334,7 @@ def _sweep(folder):
     for p in chain(folder.glob(".*.json"), folder.glob(".*.csv"),
                    folder.glob("images/**/.*.part")): p.unlink()
 
-# %% ../nbs/02_yolo2coco.ipynb #d14d3819
+# %% ../nbs/02_yolo2coco.ipynb #1728b10d
 def example(
     ix:Index,  # a split
 ) -> np.ndarray:  # (H,W,3) uint8 RGB
@@ -352,10 +352,11 @@ def _page(ys, rows, pic, total, left):
     page = Report("YOLO to COCO", f"{ys.root.name}: {total['images']:,} images")
     page.cards({k.replace("_", " "): v for k,v in total.items()})
     page.heading("Splits").table(rows)
-    if left: page.heading("Left out").say("These rows and images have no place "
-        "in the JSON. All stand in the list beside it.").table(
-        left[:50], ["file", "line", "flaw", "detail"])
     page.heading("The most crowded image").picture(pic, "as it is in the JSON")
+    one = [l for l in left if l[2] != "unreadable_image" or not l[1]]
+    if left: page.heading("Left out").say("These have no place in the JSON; an "
+        "image without a size takes its rows along. The lists beside the JSON "
+        "name each row.").table(one[:50], ["file", "line", "flaw", "detail"])
     return page.heading("Categories").table([dict(id=k, name=v)
                                              for k,v in ys.names.items()])
 
