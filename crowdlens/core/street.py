@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMES', 'BACKGROUND', 'LOOKALIKE', 'WALLS', 'Light', 'draw_light', 'road_edge', 'band', 'markings', 'asphalt',
            'beyond', 'ground_colour', 'Furniture', 'block', 'post', 'tree', 'lamp', 'houses', 'lookalike', 'furnish',
-           'draw_camera', 'paint_ground', 'lamp_light', 'meet_ground', 'halve', 'Standing', 'rim_of', 'paint_standing',
-           'beam', 'glow', 'vehicle_lamps', 'light_ground', 'expose', 'count_ids', 'draw_traffic', 'draw_signals',
+           'draw_camera', 'paint_ground', 'lamp_light', 'meet_ground', 'count_ids', 'halve', 'Standing', 'rim_of',
+           'paint_standing', 'beam', 'glow', 'vehicle_lamps', 'light_ground', 'expose', 'draw_traffic', 'draw_signals',
            'Street']
 
 # %% ../../nbs/core/street.ipynb #867fa8ac
@@ -210,7 +210,7 @@ def ground_colour(
         r, g, b = r + k*(p-r), g + k*(q-g), b + k*(s-b)
     return r, g, b
 
-# %% ../../nbs/core/street.ipynb #27de0d49
+# %% ../../nbs/core/street.ipynb #3dc7242e
 @dataclass
 class Furniture:
     "What stands still: prisms, capsules, lamps, signals."
@@ -230,7 +230,8 @@ def block(
     v = prism([(-l/2, z), (l/2, z), (l/2, h), (-l/2, h)], w/2)
     m = np.zeros(16)
     m[:4], m[4:7], m[7:11] = [kind, *colour], colour, [l, w, h, seed]
-    return place(v, float(x), float(y), 0., float(heading)), x, y, heading, m, number
+    v = place(v, float(x), float(y), 0., float(heading))
+    return v, x, y, heading, m, number
 
 def post(
     a, b, r0, r1, colour, number=BACKGROUND, # ends, radii (metres), colour
@@ -469,7 +470,7 @@ def lamp_light(
     s = 1.25*min(s, 1.2)*max(0., night - .3)
     return 1.02*s, .8*s, .5*s
 
-# %% ../../nbs/core/street.ipynb #9b988491
+# %% ../../nbs/core/street.ipynb #7fc91b6c
 @njit(cache=True)
 def meet_ground(
     rays, eye, pad, H, W, # of a canvas
@@ -483,6 +484,19 @@ def meet_ground(
             t = -eye[2]/d[2]
             out[i, j, 0] = eye[0] + t*d[0]
             out[i, j, 1] = eye[1] + t*d[1]
+    return out
+
+@njit(cache=True)
+def count_ids(
+    ids, n, first, m, # id buffer; agents; first look-alike, how many
+): # (n + m,) pixels
+    "How many pixels each one has kept."
+    out = np.zeros(n + m, np.int64)
+    for i in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            k = ids[i, j]
+            if k >= first: out[n + k - first] += 1
+            elif k >= 0 and k < n: out[k] += 1
     return out
 
 def halve(
@@ -502,8 +516,9 @@ class Standing:
     rim: np.ndarray # (H, W) float32: 0 outside the image circle
     boxes: np.ndarray # (M, 10) of look-alikes, see `solids.new_box`
     lit: np.ndarray # (H, W) float32: sun that arrives, 0..1
+    kept: np.ndarray # (M,) pixels of each look-alike that are seen
 
-# %% ../../nbs/core/street.ipynb #2e9c56fb
+# %% ../../nbs/core/street.ipynb #78447200
 def rim_of(
     camera, # a camera with its size
     dark=.3, # how much darker the edge of the circle is
@@ -548,7 +563,8 @@ def paint_standing(
     return Standing(rgb, depth, cv.ids[n, n].copy(),
                     ground[n, n].copy(), share[n, n].copy(), rim,
                     boxes/np.array(
-                        [scale]*4 + [scale**2]*2 + [scale]*4), lit)
+                        [scale]*4 + [scale**2]*2 + [scale]*4), lit,
+                    count_ids(cv.ids[n, n], 0, LOOKALIKE, len(boxes)))
 
 # %% ../../nbs/core/street.ipynb #9680bded
 def _draw_things(cv, things, L):
@@ -639,7 +655,7 @@ def vehicle_lamps(
             glow(cv, x - c*hl - s*w*side, y - s*hl + c*w*side, .75, .13,
                  1., .1, .06, p)
 
-# %% ../../nbs/core/street.ipynb #2d38fbce
+# %% ../../nbs/core/street.ipynb #ecefd19c
 @njit(cache=True)
 def light_ground(
     cv, rgb, depth, ids, share, shade, lamp, # canvas, Standing, (H, W) each
@@ -668,19 +684,6 @@ def expose(
         for j in range(rim.shape[1]):
             v = a[j]*k[j] + row[dx + j]*s + half
             o[j] = np.uint8(np.int32(min(hi, max(lo, v))))
-
-@njit(cache=True)
-def count_ids(
-    ids, n, first, m, # id buffer; agents; first look-alike, how many
-): # (n + m,) pixels
-    "How many pixels each one has kept."
-    out = np.zeros(n + m, np.int64)
-    for i in range(ids.shape[0]):
-        for j in range(ids.shape[1]):
-            k = ids[i, j]
-            if k >= first: out[n + k - first] += 1
-            elif k >= 0 and k < n: out[k] += 1
-    return out
 
 # %% ../../nbs/core/street.ipynb #421919ef
 @njit(cache=True)
@@ -778,7 +781,7 @@ class Street:
             yield self.draw(k)
             self.traffic.forward(1/self.fps)
 
-# %% ../../nbs/core/street.ipynb #29057ce6
+# %% ../../nbs/core/street.ipynb #4609a59a
 @patch
 def draw(self:Street,
     index:int, # frame number, from 1
@@ -814,9 +817,7 @@ def _truth(self:Street, index, boxes):
     k, ids = k[np.argsort(ids)], np.sort(ids)
     walks = A[k, V] > .15
     foot = A[k, KIND] == PED
-    m = len(self.still.boxes)
-    still = count_ids(self.still.ids, 0, LOOKALIKE, m)
-    j = np.flatnonzero(still > 0)
+    j = np.flatnonzero(self.still.kept > 0)
     d = self.still.boxes[j]
     t = make_truth(index, (index - 1)/self.fps, self.size, boxes[k, :4],
         ids, seen[k]/np.maximum(boxes[k, 4], 1), 2,
