@@ -438,3 +438,33 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     assert p.returncode == 2, p.stderr[-800:]
     assert "File too large" in p.stdout and "make room" in p.stdout
     assert not list((tmp_path / "o").rglob("*.arrow"))
+
+
+def test_a_description_kept_elsewhere(tmp_path):
+    data = put(tmp_path / "data/set", {"images/train/a.png": True,
+                                       "labels/train/a.txt": LABEL})
+    put(tmp_path / "conf", {"my.yaml": f"path: {data}\ntrain: images/train\n"
+                            + YAML})
+    put(tmp_path / "conf", {"gone.yaml": f"path: {data}x\ntrain: images/train\n"
+                            + YAML})
+    ix = index(tmp_path / "conf/my.yaml")
+    assert ix.images["file"].to_pylist() == ["images/train/a.png"]
+    assert ix.path(0) == data / "images/train/a.png"
+    assert len(ix.flaws) == 0
+    with pytest.raises(InputError, match="none of its splits"):
+        read_set(tmp_path / "conf/gone.yaml")
+
+
+def test_a_label_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    root = put(tmp_path / "set", {"classes.txt": "a\n", "images/a.png": True,
+                                  "labels/a.txt": "0 1 1 1 1\n"})
+    real = os.open
+
+    def closed(p, *a, **k):
+        if str(p).endswith("labels/a.txt"):
+            raise PermissionError(13, "Permission denied", str(p))
+        return real(p, *a, **k)
+    monkeypatch.setattr(os, "open", closed)
+    with pytest.raises(InputError, match="labels/a.txt: may not be read"):
+        index(root)
+    assert not list((tmp_path / "out").rglob("*.arrow"))

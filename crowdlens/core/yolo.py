@@ -319,7 +319,7 @@ def _renew(ys, split, sc, folder, workers):
     return (_some(ys, split, sc, writer, workers, old, row),
             int((row < 0).sum()))
 
-# %% ../../nbs/core/yolo.ipynb #337fa69f
+# %% ../../nbs/core/yolo.ipynb #43ebc56a
 def index(root, # a folder, a description of a set, or a YoloSet
           split=None,  # a split's name; None: the only one
           out:str="",  # where `.cache` lies, as for `files.out_dir`
@@ -336,6 +336,8 @@ def index(root, # a folder, a description of a set, or a YoloSet
             with FileLock(folder/".lock", fallback_to_soft=False):
                 got = _current(sc, folder) or _renew(ys, split, sc, folder,
                                                      workers)
+    except PermissionError as e: raise InputError("may not be read or written",
+        e.filename or folder, fix="change its permissions") from e
     except OSError as e: raise InputError(e.strerror or str(e), e.filename
         or folder, fix="make room, or choose another folder with out") from e
     (images, boxes, flaws), parsed = got

@@ -109,7 +109,7 @@ def _read_names(path):
     while lines and not lines[-1]: lines.pop()
     return _names(lines, path)
 
-# %% ../../nbs/core/yolo_set.ipynb #1eba3b0d
+# %% ../../nbs/core/yolo_set.ipynb #38871477
 _KEYS = dict(train="train", val="val", valid="val", validation="val",
              test="test")
 
@@ -121,6 +121,7 @@ def _from_yaml(path):
     if k: ys.kpt_shape = tuple(int(v) for v in k)
     if isinstance(got.get("nc"), int): ys.nc = got["nc"]
     base = _locate(ys, "path", str(got.get("path") or "."), home) or home
+    if base.is_dir() and not base.is_relative_to(home): ys.root = base
     for key, split in _KEYS.items():
         todo = got.get(key) or []
         for text in todo if isinstance(todo, list) else [todo]:
@@ -130,7 +131,7 @@ def _from_yaml(path):
 
 def _locate(ys, key, text, base, split=None):
     "The path `text` of the description, or None; notes one that is not there."
-    p, ok = _resolve(text, base, ys.root)
+    p, ok = _resolve(text, base, ys.source.parent)
     if not ok: ys.flaws.append((split, ys.name(ys.source), _line(
         ys.source, key), "bad_path", f"{key}: {text} " + (
         f"was found as {ys.name(p)}" if p else "leads nowhere")))
