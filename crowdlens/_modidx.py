@@ -1125,6 +1125,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'crowdlens/metrics/detection.py'),
                                              'crowdlens.metrics.detection._hotcoco': ( 'metrics/detection.html#_hotcoco',
                                                                                        'crowdlens/metrics/detection.py'),
+                                             'crowdlens.metrics.detection._hotcoco_part': ( 'metrics/detection.html#_hotcoco_part',
+                                                                                            'crowdlens/metrics/detection.py'),
                                              'crowdlens.metrics.detection._mean': ( 'metrics/detection.html#_mean',
                                                                                     'crowdlens/metrics/detection.py'),
                                              'crowdlens.metrics.detection._pycocotools': ( 'metrics/detection.html#_pycocotools',

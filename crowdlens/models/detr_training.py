@@ -162,7 +162,7 @@ def ground_truth(d:DetData) -> GroundTruth:
         np.searchsorted(d.ids, d.categories), np.concatenate([b[:, :2],
         b[:, 2:] - b[:, :2]], 1), d.areas, d.crowd)
 
-# %% ../../nbs/models/detr_training.ipynb #b296f6cd
+# %% ../../nbs/models/detr_training.ipynb #48f640aa
 class DetTrainer(Trainer):
     "A Trainer for detectors whose runs live in a crowdlens run folder."
     def __init__(self, model, args, run:Run, *, train, val, collate, encode,
@@ -174,7 +174,7 @@ class DetTrainer(Trainer):
         self.run, self.encode, self.decode = run, encode, decode
         self.score, self.info, self.keep = score, info, keep
         self.backbone_factor, self._part = backbone_factor, (-1, 0)
-        self._parts, self.predictions = {}, None
+        self._parts, self.predictions, self.last_scores = {}, None, None
 
 # %% ../../nbs/models/detr_training.ipynb #db0f5498
 @patch
@@ -243,7 +243,7 @@ def log(self:DetTrainer, logs, *args, **kw):
     Trainer.log(self, {k: v for k,v in logs.items() if v is not None},
                 *args, **kw)
 
-# %% ../../nbs/models/detr_training.ipynb #2179b5f1
+# %% ../../nbs/models/detr_training.ipynb #5cca9dc7
 @patch
 def predict_set(self:DetTrainer, dataset=None, say:str="evaluate"):
     "`Predictions` of a data set, and the mean loss of its batches."
@@ -280,6 +280,7 @@ def evaluate(self:DetTrainer, eval_dataset=None, ignore_keys=None,
     self.control = self.callback_handler.on_evaluate(self.args, self.state,
                                                      self.control, shown)
     self.run.track(self.state.global_step, **m)
+    self.last_scores = m
     return m
 
 # %% ../../nbs/models/detr_training.ipynb #e5e26403
