@@ -6,7 +6,7 @@
 __all__ = ['STAGE', 'Config', 'damaged_world', 'Audit', 'audit', 'missed', 'fix', 'split', 'advice', 'build_report', 'run',
            'write_flaws']
 
-# %% ../nbs/01_audit.ipynb #cb62e88b
+# %% ../nbs/01_audit.ipynb #65806fa1
 import shutil,time
 from collections import Counter
 from dataclasses import dataclass,field
@@ -34,7 +34,7 @@ from crowdlens.core.yolo_plots import (pick_pictures,picture_sheet,plot_areas,
     shapes)
 from crowdlens.core.yolo_split import (BEFORE_NUMBER,assign,join,name_groups,
     write_lists)
-from .core.yolo_stats import (Boxes,class_rows,figures,per_patch,
+from .core.yolo_stats import (AREAS,Boxes,class_rows,figures,per_patch,
     recommend_queries,train_scale)
 
 # %% ../nbs/01_audit.ipynb #c98c7af2
@@ -396,7 +396,7 @@ def advice(a:Audit, cfg) -> list: # an Audit, a Config -> (text, kind)
         "without that.", "bad"))
     return got
 
-# %% ../nbs/01_audit.ipynb #cd8c7683
+# %% ../nbs/01_audit.ipynb #a062dec3
 _ROWS = dict(images="images", label_files="… with a label file",
     boxes="boxes", boxes_per_image="boxes an image, mean",
     boxes_per_image_p05="… 5 % have at most",
@@ -455,10 +455,11 @@ _CLASS = ("class", "boxes", "images", "most in an image")
 
 def _class_table(a):
     "Classes that have boxes; 5 %, median and 95 % or shares in one cell."
-    def three(r, k, f): return " / ".join(f"{r[q]:{f}}" if r[q] is not None
+    gap = "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}"
+    def three(r, k, f): return gap.join(f"{r[q]:{f}}" if r[q] is not None
         else "–" for q in (f"{k}, 5 %", k, f"{k}, 95 %"))
-    def areas(r, what): return " / ".join(
-        f"{100*(r[s+what] or 0):.0f}" for s in ("small", "medium", "large"))
+    def areas(r, what): return gap.join(
+        f"{100*(r[s+what] or 0):.0f}" for s in AREAS)
     return [{**{k: r[k] for k in _CLASS},
         "height, px": three(r, "height, px", ".0f"),
         "share of the image's": three(r, "height, share of the image", ".2f"),

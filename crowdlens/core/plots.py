@@ -130,7 +130,7 @@ def new_figure(rows=1, cols=1, size=(6, 2.6)): # size: inches
         fig = Figure(figsize=size, layout="constrained", dpi=75)
         return fig, fig.subplots(rows, cols, squeeze=False)
 
-# %% ../../nbs/core/plots.ipynb #8017c44c
+# %% ../../nbs/core/plots.ipynb #726adc63
 def bin_edges(values, n:int=40, log:bool=False) -> np.ndarray:
     "Edges that hold all finite values; whole numbers where there are few."
     v = np.asarray(values, float); v = v[np.isfinite(v)]
@@ -159,7 +159,8 @@ def histogram(ax, series:dict, # matplotlib axes; name -> values
     if log:
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.xaxis.set_major_formatter(EngFormatter(sep=" "))
+        ax.xaxis.set_major_formatter(lambda x, _: (
+            f"{x/1000:g} k" if x >= 1000 else f"{x:g}"))
         ax.xaxis.set_minor_formatter(NullFormatter())
     for t, x in (marks or {}).items():
         ax.axvline(x, color=INK, lw=.9, ls=(0, (4, 2)))
