@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['BALL_R', 'step_ball', 'Play', 'make_net', 'lay_over', 'draw_order', 'draw_frame', 'Court']
 
-# %% ../../nbs/core/court.ipynb #304345df
+# %% ../../nbs/core/court.ipynb #2277b435
 import math
 import cv2
 import numpy as np
+from fastcore.basics import patch
 from numba import njit
 from . import people as P
 from .lens import project_point
 from crowdlens.core.raster import (hash01, new_canvas, start, draw_capsules,
     place_capsule, capsule_box, outline_area, shade_capsules, noise_tile,
     expose)
-from crowdlens.core.scenery import (draw_light, draw_camera, make_backdrop,
-    quad, Backdrop)
+from .scenery import (draw_light, draw_camera, make_backdrop,
+    quad, Backdrop, BLUER, NET_TOP, NET_REACH)
 from .truth import make_truth, clip
 
 # %% ../../nbs/core/court.ipynb #4386b3ce
@@ -111,7 +112,7 @@ def step_ball(
         S[i, P.TX] = x if S[i, P.X] > 0. else -x
         S[i, P.TY] = max(-hy, min(hy, B[1]))
 
-# %% ../../nbs/core/court.ipynb #0f8d43ed
+# %% ../../nbs/core/court.ipynb #54498d60
 class Play:
     "People and ball of one world, in motion."
     half = (8.2, 4.6) # metres
@@ -143,25 +144,28 @@ class Play:
         "Time of the current state."
         return self.k/self.fps
 
-    def step(self):
-        "Go on to the next frame."
-        self.k += 1
-        t, dt, h = self.time, 1/self.fps, self.half
-        P.step_people(self.S, self.seed, t, dt, *h)
-        P.pose_people(self.S, self.bodies, t, self.J)
-        step_ball(self.B, self.S, self.J, self.seed, t, dt, *h)
+# %% ../../nbs/core/court.ipynb #79226544
+@patch
+def step(self:Play):
+    "Go on to the next frame."
+    self.k += 1
+    t, dt, h = self.time, 1/self.fps, self.half
+    P.step_people(self.S, self.seed, t, dt, *h)
+    P.pose_people(self.S, self.bodies, t, self.J)
+    step_ball(self.B, self.S, self.J, self.seed, t, dt, *h)
 
-    def actions(self) -> np.ndarray: # (n, 5) bool, in the order of ACTIONS
-        "Who does what now: one posture, and what arms do beside it."
-        S, t = self.S, self.time
-        jump = S[:, P.MODE] == P.JUMP
-        walk = (S[:, P.SPEED] > .3) & ~jump
-        wave = (S[:, P.ARM] == P.WAVE) & (t >= S[:, P.A0]) & (t <= S[:, P.A1])
-        serve = S[:, P.MODE] == P.SERVE
-        return np.stack([~walk & ~jump, walk, jump, wave & ~serve & ~jump,
-                         serve], 1)
+@patch
+def actions(self:Play) -> np.ndarray: # (n, 5) bool, in the order of ACTIONS
+    "Who does what now: one posture, and what arms do beside it."
+    S, t = self.S, self.time
+    jump = S[:, P.MODE] == P.JUMP
+    walk = (S[:, P.SPEED] > .3) & ~jump
+    wave = (S[:, P.ARM] == P.WAVE) & (t >= S[:, P.A0]) & (t <= S[:, P.A1])
+    serve = S[:, P.MODE] == P.SERVE
+    return np.stack([~walk & ~jump, walk, jump, wave & ~serve & ~jump,
+                     serve], 1)
 
-# %% ../../nbs/core/court.ipynb #ba4c0a42
+# %% ../../nbs/core/court.ipynb #f76a3aeb
 def _net_capsules(cam, thick, ends, radius, rgb):
     "Capsule rows between pairs of points."
     rows = np.zeros((len(ends), 16))
@@ -171,7 +175,7 @@ def _net_capsules(cam, thick, ends, radius, rgb):
     rows[:, 8:11] = rows[:, 11:14] = rgb
     return rows[ok]
 
-def _net_parts(cam, height=2.38, reach=4.35):
+def _net_parts(cam, height=NET_TOP, reach=NET_REACH):
     "Mesh, then tapes, posts and antennas, as capsule rows."
     y, z = np.arange(-4, 4.05, .125), np.arange(height - 1, height, .125)
     mesh = [((0, a, height - 1), (0, a, height)) for a in y]
@@ -189,7 +193,7 @@ def _net_parts(cam, height=2.38, reach=4.35):
             _net_capsules(cam, 1, rod[1::2], .016, (244, 244, 240))]
     return _net_capsules(cam, 1, mesh, .007, (40, 42, 44)), np.concatenate(rows)
 
-# %% ../../nbs/core/court.ipynb #4a7ee93f
+# %% ../../nbs/core/court.ipynb #edb0defc
 def make_net(
     cam, # a camera with `size`
     lamp, # (4,) light in camera axes
@@ -215,6 +219,7 @@ def make_net(
     a = alpha[at[:, 0], at[:, 1]]
     return at, shots[0][at[:, 0], at[:, 1]]/a[:, None], a
 
+# %% ../../nbs/core/court.ipynb #6d9ebed7
 @njit(cache=True)
 def lay_over(
     image, ids, seen, # of a canvas
@@ -270,7 +275,7 @@ def _ball_rows(cam, B, tint, rows):
             rows[i, 8 + c] = rows[i, 11 + c] = v*tint[c]
     return 2
 
-# %% ../../nbs/core/court.ipynb #a0ddea46
+# %% ../../nbs/core/court.ipynb #74486717
 @njit(cache=True)
 def _measure(rows, number, seen, own, W, H, full, head, share):
     "Boxes and visible shares of one object just painted (seen: later)."
@@ -285,6 +290,7 @@ def _measure(rows, number, seen, own, W, H, full, head, share):
         else: share[part] = max(outline_area(rows, 1 if part else -1),
                                 float(own[number, part]))
 
+# %% ../../nbs/core/court.ipynb #8d08621a
 @njit(cache=True)
 def draw_frame(
     image, ids, stamp, own, seen, # the canvas' buffers
@@ -350,10 +356,7 @@ class Court:
         self.net = make_net(self.camera, self.drop.lamp, tint)
         self.canvas = new_canvas(self.size, len(self.drop.seen))
 
-# %% ../../nbs/core/court.ipynb #5089b146
-from fastcore.basics import patch
-
-# %% ../../nbs/core/court.ipynb #8cd420e2
+# %% ../../nbs/core/court.ipynb #a27c0a5e
 @patch
 def draw(self:Court,
     play:Play, # people and ball at one moment
@@ -363,12 +366,13 @@ def draw(self:Court,
     start(cv, bd.image, bd.ids, bd.seen)
     full, heads = np.empty((n + 1, 4)), np.empty((n + 1, 4))
     area, c = np.empty((n + 1, 2)), self.light.colors
-    strength = c["shadow"]*np.array([1., .97, .88])
+    strength = c["shadow"]*BLUER
     draw_frame(*cv.buffers, bd.image, cv.cover, bd.ground, self.camera.array,
         bd.lamp, play.S, play.B, play.J, play.bodies, play.dress, c["sun"],
         strength, *self.light.throw, *self.net, full, heads, area)
     return full, heads, area
 
+# %% ../../nbs/core/court.ipynb #b81002aa
 @patch
 def truth(self:Court,
     play:Play, # people and ball at one moment
@@ -399,7 +403,7 @@ def truth(self:Court,
         distractors_xyxy=boxes, distractor_ids=np.arange(1, m + 1),
         distractors_visible=np.minimum(1, vis).astype(np.float32))
 
-# %% ../../nbs/core/court.ipynb #c2274d28
+# %% ../../nbs/core/court.ipynb #b6b0aef7
 @patch
 def frames(self:Court,
     n:int|None=None, # how many; None: without end
@@ -411,7 +415,8 @@ def frames(self:Court,
         t = self.truth(play, *self.draw(play))
         img = self.canvas.image.copy()
         if self.blur: img = cv2.GaussianBlur(img, (3, 3), 0)
-        dy, dx = int(401*hash01(self.seed, k, 5)), int(900*hash01(self.seed, k, 6))
+        dy = int(401*hash01(self.seed, k, 5))
+        dx = int(900*hash01(self.seed, k, 6))
         expose(img, self.tile, dy, dx, self.gain)
         yield img, t
         k += 1

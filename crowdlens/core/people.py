@@ -191,7 +191,7 @@ def _hop(t):
     if t < 0. or a < 0. or a > .56: return 0.
     return .5*9.81*a*(.56 - a)
 
-# %% ../../nbs/core/people.ipynb #77863b55
+# %% ../../nbs/core/people.ipynb #4461852e
 @njit(cache=True)
 def _blend(t, keys, values):
     "Value at time `t` of a curve through keys, eased in between."
@@ -210,6 +210,7 @@ _TOSS_A = np.array([.3, 1.1, 2.7, 2.8, 1.6, .7, .3]) # tossing arm
 _TOSS_E = np.array([.6, .4, .05, .1, .6, .6, .3])
 _LEAN = np.array([.05, .12, -.12, -.22, .25, .35, .05])
 
+# %% ../../nbs/core/people.ipynb #7838dfe9
 @njit(cache=True)
 def _arm_angles(s, t, side):
     "a, b of the upper arm and what the forearm adds to them."
@@ -306,7 +307,7 @@ def _pose_legs(J, s, body, t, cos, sin):
     _at(J, PELVIS, s, 0., 0., up + .02*h, cos, sin)
     return up
 
-# %% ../../nbs/core/people.ipynb #85a94e23
+# %% ../../nbs/core/people.ipynb #6c8c909c
 @njit(cache=True)
 def _pose_trunk(J, s, body, t, up, cos, sin):
     "Joints of torso, head and arms above a pelvis at height `up`."
@@ -335,6 +336,7 @@ def _pose_trunk(J, s, body, t, up, cos, sin):
     _at(J, HAIR, s, .42*h*f - .008*h, 0., up + .432*h*z, cos, sin)
     _at(J, TAIL, s, .36*h*f - .055*h, 0., up + .35*h*z, cos, sin)
 
+# %% ../../nbs/core/people.ipynb #e899bd60
 @njit(cache=True)
 def pose_people(
     S, # (n, 24) states

@@ -169,7 +169,7 @@ def _row_span(y, ua, va, ra, ub, vb, rb, h, p, q, a, b):
             lo, hi = min(lo, x), max(hi, x)
     return lo, hi
 
-# %% ../../nbs/core/raster.ipynb #18398625
+# %% ../../nbs/core/raster.ipynb #8a89eb76
 @njit(cache=True, error_model="numpy", inline="always")
 def _inside(px, py, c, h, p, q, a, b):
     "Signed distance of a pixel to capsule row c, and its place along it."
@@ -185,6 +185,7 @@ def _inside(px, py, c, h, p, q, a, b):
     else: d = s*a + t*b - c[2]
     return d, min(1., max(0., t/h))
 
+# %% ../../nbs/core/raster.ipynb #bfc309e9
 @njit(cache=True, error_model="numpy")
 def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
     "Blend one capsule row into the buffers."
@@ -235,6 +236,7 @@ def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
                     if o & 1: seen[o >> 1, 1] -= 1
     _note(own, seen, obj, n0, n1, n2, n3)
 
+# %% ../../nbs/core/raster.ipynb #d1e3c52a
 @njit(cache=True)
 def draw_capsules(
     image, ids, stamp, own, seen, # the canvas' buffers
@@ -279,7 +281,18 @@ def _edge_area(acc, x0, y0, x1, y1, W, H):
             prev = part - inside
         acc[y, j] += prev
 
-# %% ../../nbs/core/raster.ipynb #9c28f314
+# %% ../../nbs/core/raster.ipynb #34b0baed
+@njit(cache=True)
+def _sum_edges(acc, uv, W, H):
+    "Add all edges of an outline; False, and nothing added, if one has no end."
+    n = len(uv)
+    for i in range(n):
+        if not (abs(uv[i, 0]) < 1e6 and abs(uv[i, 1]) < 1e6): return False
+    for i in range(n):
+        k = (i + 1)%n
+        _edge_area(acc, uv[i, 0], uv[i, 1], uv[k, 0], uv[k, 1], W, H)
+    return True
+
 @njit(cache=True)
 def _polygon_box(uv, W, H):
     "Pixel rows and columns that an outline may touch."
@@ -293,6 +306,7 @@ def _polygon_box(uv, W, H):
             max(0, int(math.floor(min(v0, H)))),
             min(H, int(math.ceil(max(v1, 0.)))), v0, v1)
 
+# %% ../../nbs/core/raster.ipynb #c0527a02
 @njit(cache=True, error_model="numpy")
 def draw_polygon(
     image, ids, stamp, own, seen, # the canvas' buffers
@@ -305,12 +319,7 @@ def draw_polygon(
 ):
     "Paint a filled outline with exact area coverage."
     H, W = ids.shape
-    for i in range(len(uv)):
-        if not (abs(uv[i, 0]) < 1e6 and abs(uv[i, 1]) < 1e6): return
-    n = len(uv)
-    for i in range(n):
-        k = (i + 1)%n
-        _edge_area(acc, uv[i, 0], uv[i, 1], uv[k, 0], uv[k, 1], W, H)
+    if not _sum_edges(acc, uv, W, H): return
     x0, x1, y0, y1, v0, v1 = _polygon_box(uv, W, H)
     n0 = n1 = n2 = n3 = 0
     if obj <= 0: obj = part = 0
@@ -345,7 +354,7 @@ def draw_polygon(
                     if o & 1: seen[o >> 1, 1] -= 1
     _note(own, seen, obj, n0, n1, n2, n3)
 
-# %% ../../nbs/core/raster.ipynb #c87cceec
+# %% ../../nbs/core/raster.ipynb #51597a06
 @njit(cache=True)
 def pixels_per_metre(
     cam, # (21,) float64 camera array
@@ -374,6 +383,7 @@ def place_capsule(
     row[6] = .5*(da + db)
     return True
 
+# %% ../../nbs/core/raster.ipynb #f2701210
 @njit(cache=True)
 def capsule_box(
     caps, # (n, 16) float64 capsule rows
@@ -516,7 +526,7 @@ def shade_capsules(
                 _darken(image, base, cover, y, x, min(1., .5 - .5*d/w),
                         strength)
 
-# %% ../../nbs/core/raster.ipynb #beec2316
+# %% ../../nbs/core/raster.ipynb #61e88109
 @njit(cache=True)
 def shade_polygon(
     image, # (H, W, 3) uint8, darkened in place
@@ -528,12 +538,7 @@ def shade_polygon(
 ):
     "Draw the shadow of a flat outline, given where it falls in the picture."
     H, W = image.shape[:2]
-    n = len(uv)
-    for i in range(n):
-        if not (abs(uv[i, 0]) < 1e6 and abs(uv[i, 1]) < 1e6): return
-    for i in range(n):
-        k = (i + 1)%n
-        _edge_area(acc, uv[i, 0], uv[i, 1], uv[k, 0], uv[k, 1], W, H)
+    if not _sum_edges(acc, uv, W, H): return
     x0, x1, y0, y1, v0, v1 = _polygon_box(uv, W, H)
     for y in range(y0, y1):
         s = 0.

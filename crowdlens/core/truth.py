@@ -123,13 +123,13 @@ def _emit(out, n, box, z, jit, style, seed, key, frame, time):
     out[n, 4] = style[1] + style[0]*s**style[2]
     return n + 1
 
-# %% ../../nbs/core/truth.ipynb #abe101eb
+# %% ../../nbs/core/truth.ipynb #15f7eaca
 @njit(cache=True)
 def _quality(box, visible, height, seed, key, frame, time):
     "The hidden quality of an object in a frame."
     size = min(1.2, max(-1.5, math.log(max(box[3] - box[1], 1.)
                                        /(.18*height))))
-    return (-3. + 5.6*visible + size + .55*hash_normal(seed, key, -1, 1)
+    return (-3.3 + 5.6*visible + size + .55*hash_normal(seed, key, -1, 1)
             + .65*wobble(seed, key, 1, time)
             + .25*hash_normal(seed, key, frame, 2))
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SCENES', 'World']
 
-# %% ../../nbs/core/world.ipynb #595fc8ba
-import numpy as np
+# %% ../../nbs/core/world.ipynb #c448610b
+from fastcore.basics import patch
 from .files import InputError
 from .truth import Truth, simulate_detector, split_of
 from .court import Court
 
-# %% ../../nbs/core/world.ipynb #3302a26c
+# %% ../../nbs/core/world.ipynb #8073652e
 SCENES = ["court", "street"]
 
 def _check(name, value, low, high):
@@ -22,6 +22,7 @@ def _check(name, value, low, high):
                          f"from {low} to {high:,}")
     return int(value)
 
+# %% ../../nbs/core/world.ipynb #20266cc5
 class World:
     "A small simulated scene: frames, and the truth about each."
     def __init__(self,
@@ -56,8 +57,10 @@ class World:
         return (f"World({self.name!r}, seed={self.seed}, size={w}x{h}, "
                 f"split {split_of(self.seed)})")
 
-    def frames(self,
-        n:int=100, # how many
-    ): # yields image (H, W, 3) uint8 RGB, Truth
-        "The first `n` frames."
-        return self.scene.frames(n)
+# %% ../../nbs/core/world.ipynb #ed102cab
+@patch
+def frames(self:World,
+    n:int=100, # how many
+): # yields image (H, W, 3) uint8 RGB, Truth
+    "The first `n` frames."
+    return self.scene.frames(n)
