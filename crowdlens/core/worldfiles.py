@@ -180,10 +180,11 @@ def yolo_text(
     return "".join(f"{k} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n"
                    for k,(x,y,w,h) in zip(labels, c))
 
-# %% ../../nbs/core/worldfiles.ipynb #66d087c0
+# %% ../../nbs/core/worldfiles.ipynb #aaf0cb06
 def _begin(dst, wanted):
     "The folder to write into, and what an equal finished run returned."
-    dst, wanted = Path(dst), json.loads(json.dumps(wanted))
+    dst = Path(os.path.abspath(dst))
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists
     part = dst.with_name(f".{dst.name}.part")
     if (dst/".world.json").is_file():
         old = read_json(dst/".world.json")
