@@ -499,6 +499,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'crowdlens.core.raster': { 'crowdlens.core.raster.Canvas': ('core/raster.html#canvas', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster.Canvas.buffers': ( 'core/raster.html#canvas.buffers',
                                                                                  'crowdlens/core/raster.py'),
+                                       'crowdlens.core.raster._brightness': ('core/raster.html#_brightness', 'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._capsule_frame': ( 'core/raster.html#_capsule_frame',
                                                                                  'crowdlens/core/raster.py'),
                                        'crowdlens.core.raster._darken': ('core/raster.html#_darken', 'crowdlens/core/raster.py'),

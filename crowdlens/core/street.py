@@ -25,7 +25,7 @@ from crowdlens.core.bodies import (CARS, CLOTH, build, draw_body, pick,
     shadow_body)
 from .truth import make_truth
 
-# %% ../../nbs/core/street.ipynb #c0f2e3be
+# %% ../../nbs/core/street.ipynb #67ce6eea
 TIMES = "MAEN"  # morning, afternoon, evening, night
 
 @dataclass
@@ -50,7 +50,7 @@ def draw_light(
     sunc = [np.array([1.05, .84, .58]), np.array([.95, .9, .8]),
             np.array([.2, .12, .1]), np.array([.02, .03, .05])][i]
     skyc = [np.array([.47, .51, .6]), np.array([.5, .56, .66]),
-            np.array([.41, .385, .45]), np.array([.16, .165, .21])][i]
+            np.array([.46, .43, .49]), np.array([.16, .165, .21])][i]
     if dull: skyc = np.array([.72, .75, .8])
     sky = np.array([[[.93, .84, .7], [.5, .65, .85]],
                     [[.84, .89, .94], [.36, .56, .85]],
@@ -589,7 +589,7 @@ def _draw_things(cv, things, L):
                          0., L, 1., num, box)
     return boxes[:-1]
 
-# %% ../../nbs/core/street.ipynb #067bdeb9
+# %% ../../nbs/core/street.ipynb #1690d006
 @njit(cache=True)
 def beam(
     cam, ground, x, y, h, hl, power, out, # place, heading, half length
@@ -609,11 +609,11 @@ def beam(
             if math.isnan(gx): continue
             a, b = c*gx + s*gy - hl, c*gy - s*gx
             if a <= 0. or a > 14.: continue
-            w = .55 + .2*a
-            q = (b/w)**2
-            if q > 6.: continue
-            f = min(1., a/1.2)*math.exp(-a/4.5)*(1. - a/14.)
-            out[i, j] += power*f*math.exp(-q)
+            w = 1.2 + .42*a
+            q = 1. - b*b/(w*w)
+            if q <= 0.: continue
+            f = 1. - a*.0714
+            out[i, j] += power*min(1., a*.8)*f*f*f*q*q*q
 
 @njit(cache=True)
 def glow(
@@ -685,7 +685,7 @@ def expose(
             v = a[j]*k[j] + row[dx + j]*s + half
             o[j] = np.uint8(np.int32(min(hi, max(lo, v))))
 
-# %% ../../nbs/core/street.ipynb #421919ef
+# %% ../../nbs/core/street.ipynb #117ad744
 @njit(cache=True)
 def draw_traffic(
     cv, A, X, seed, L, lamps, lit, ground, # agents, poses, light, Standing
@@ -694,18 +694,25 @@ def draw_traffic(
     "Shadows and beams of all agents, or their bodies."
     night = L[12]
     sun = L[:3].copy() if sunny else np.array([0., 0., 1.])
-    soft = .1 if sunny else .5
+    fore, rear = np.zeros(3), np.zeros(3)
     for k in order:
         if A[k, ON] == 0.: continue
         kind = int(A[k, KIND])
         x, y, h = X[k, 0], X[k, 1], X[k, 2]
+        if phase == 0 and not sunny:  # a soft patch under everybody
+            e = A[k, HL] - A[k, HW]
+            fore[0], fore[1] = x + e*math.cos(h), y + e*math.sin(h)
+            rear[0], rear[1] = x - e*math.cos(h), y - e*math.sin(h)
+            shadow_capsule(cv.cam, ground, fore, rear, A[k, HW], A[k, HW],
+                           sun, .6, shade)
+        if phase == 0 and night > .3 and kind != PED:
+            beam(cv.cam, ground, x, y, h, A[k, HL],
+                 (.5 if kind == BIKE else 1.)*night, lamp)
+        if phase == 0 and not sunny: continue
         V_, K, P, n, C, m = build(kind, x, y, h, A[k, HL], A[k, HW],
             A[k, GAIT], A[k, V], A[k, V0], seed*64 + k, int(A[k, GEN]))
         if phase == 0:
-            shadow_body(cv.cam, ground, V_, K, n, C, m, sun, soft, shade)
-            if night > .3 and kind != PED:
-                beam(cv.cam, ground, x, y, h, A[k, HL],
-                     (.5 if kind == BIKE else 1.)*night, lamp)
+            shadow_body(cv.cam, ground, V_, K, n, C, m, sun, .1, shade)
             continue
         M = L.copy()
         r, g, b = lamp_light(lamps, x, y, 1., night)

@@ -326,7 +326,7 @@ def _enter(A, X, i, xyh, length):
     A[i, ON] = 1.
     X[i, 0], X[i, 1], X[i, 2] = x, y, h
 
-# %% ../../nbs/core/traffic.ipynb #cb869434
+# %% ../../nbs/core/traffic.ipynb #94a83dc1
 def draw_kinds(
     n:int, # agents
     rng, # numpy Generator
@@ -354,9 +354,13 @@ class Traffic:
         rng = np.random.default_rng([seed, 2])
         self.A, self.X = np.zeros((people, 12)), np.zeros((people, 3))
         self.A[:, KIND] = draw_kinds(people, rng)
-        self.t = rng.uniform(0, 2*CYCLE)
+        before = .05*int(rng.uniform(12, 30)/.05)
+        h = rng.uniform(0, 7) if rng.random() < .75 else rng.uniform(0, 21)
+        self.t = h + 21*rng.integers(4) - before + 2*CYCLE
         self._spread(rng)
-        for _ in range(int(rng.uniform(12, 30)/.05)): self._step(.05)
+        while before > 0:
+            self._step(.05)
+            before -= .05
         self._first = self.A.copy(), self.X.copy(), self.t
 
     def _spread(self, rng):
