@@ -5,6 +5,7 @@ Every side parses all label files and learns each image's size from its
 header; `seconds` leaves out imports (`total` in the results has them)."""
 import json
 import os
+import resource
 import shutil
 import sys
 import time
@@ -206,11 +207,18 @@ def script(root, work):
     return go
 
 
+def cpu_seconds():
+    "CPU time of this process and its finished children, all threads."
+    return sum(sum(resource.getrusage(who)[:2]) for who in (
+        resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 if __name__ == "__main__":
     side, root, work = sys.argv[1:]
     os.makedirs(work, exist_ok=True)
     go = globals()[side](root, work)
-    t0 = time.perf_counter()
+    t0, c0 = time.perf_counter(), cpu_seconds()
     got = go()
     print("RESULT " + json.dumps(
-        {"seconds": time.perf_counter() - t0, **got}), flush=True)
+        {"seconds": time.perf_counter() - t0, "cpu": cpu_seconds() - c0,
+         **got}), flush=True)
