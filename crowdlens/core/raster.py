@@ -185,7 +185,18 @@ def _inside(px, py, c, h, p, q, a, b):
     else: d = s*a + t*b - c[2]
     return d, min(1., max(0., t/h))
 
-# %% ../../nbs/core/raster.ipynb #bfc309e9
+# %% ../../nbs/core/raster.ipynb #6cc71c91
+@njit(cache=True, error_model="numpy", inline="always")
+def _brightness(px, py, c, t, light):
+    "Light on a round capsule at a pixel that lies at `t` along it."
+    r = 1./(c[2] + (c[5] - c[2])*t)
+    n = (px - c[0] - (c[3] - c[0])*t)*r
+    m = (py - c[1] - (c[4] - c[1])*t)*r
+    z = math.sqrt(max(0., 1. - n*n - m*m))
+    return light[3] + (1. - light[3])*max(
+        0., n*light[0] + m*light[1] + z*light[2])
+
+# %% ../../nbs/core/raster.ipynb #23fc0822
 @njit(cache=True, error_model="numpy")
 def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
     "Blend one capsule row into the buffers."
@@ -193,12 +204,11 @@ def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
     ua, va, ra, ub, vb, rb = c[0], c[1], c[2], c[3], c[4], c[5]
     h, p, q, a, b = _capsule_frame(ua, va, ra, ub, vb, rb)
     part, flat, split = int(c[14]), c[15] != 0., c[7]
-    y0 = max(0, int(math.floor(min(va - ra, vb - rb) - .5)))
-    y1 = min(H, int(math.ceil(max(va + ra, vb + rb) + .5)))
-    rest, n0, n1, n2, n3 = 1. - light[3], 0, 0, 0, 0
+    n0 = n1 = n2 = n3 = 0
     if obj <= 0: obj = part = 0
     me = 2*obj + part
-    for y in range(y0, y1):
+    for y in range(max(0, int(math.floor(min(va - ra, vb - rb) - .5))),
+                   min(H, int(math.ceil(max(va + ra, vb + rb) + .5)))):
         py = y + .5
         lo, hi = _row_span(py, ua, va, ra + .5, ub, vb, rb + .5, h, p, q, a, b)
         for x in range(max(0, int(math.floor(lo))),
@@ -206,13 +216,7 @@ def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
             px = x + .5
             d, t = _inside(px, py, c, h, p, q, a, b)
             if d >= .5: continue
-            s = 1.
-            if not flat:
-                r = 1./(ra + (rb - ra)*t)
-                n, m = (px - ua - (ub - ua)*t)*r, (py - va - (vb - va)*t)*r
-                z = math.sqrt(max(0., 1. - n*n - m*m))
-                s = light[3] + rest*max(0., n*light[0] + m*light[1]
-                                        + z*light[2])
+            s = 1. if flat else _brightness(px, py, c, t, light)
             k = 8 if t < split else 11
             e = min(1., .5 - d)
             for i in range(3):
@@ -306,15 +310,14 @@ def _polygon_box(uv, W, H):
             max(0, int(math.floor(min(v0, H)))),
             min(H, int(math.ceil(max(v1, 0.)))), v0, v1)
 
-# %% ../../nbs/core/raster.ipynb #c0527a02
+# %% ../../nbs/core/raster.ipynb #8c0b2124
 @njit(cache=True, error_model="numpy")
 def draw_polygon(
     image, ids, stamp, own, seen, # the canvas' buffers
     acc, # (H+1, W+2) float32 scratch, all zero, left all zero
     uv, # (P, 2) float64 outline, pixels, either direction, not closed
     rgb_top, rgb_bottom, # (3,) colours 0..255 at its upper, lower end
-    obj, # object number
-    part=0, # 1: head
+    obj, part=0, # object number; 1: head
     alpha=1., # opacity; below 0.5 the pixels keep their owners
 ):
     "Paint a filled outline with exact area coverage."
