@@ -82,12 +82,13 @@ def _keep(folder, rows:dict, name=""):
     with atomic(folder/f"{name or uuid.uuid4().hex}.feather") as tmp:
         feather.write_feather(t, tmp, compression="uncompressed")
 
-# %% ../../nbs/core/yolo_flaws.ipynb #120aed41
+# %% ../../nbs/core/yolo_flaws.ipynb #d4e3c8b4
 def contents(ix, # an Index
              out:str="",  # as for `files.out_dir`
              workers:int=0,  # threads; 0: one a core
              step=None,  # called with the number of files done
              every:float=10.,  # seconds between pieces that are kept
+             batch:int=512,  # images between two looks at the clock
     ) -> Scan:
     "What the image files of a split hold; see `hashes.scan`."
     key = hashlib.sha256(f"1 {ix.set.root} {ix.split}".encode(
@@ -99,7 +100,7 @@ def contents(ix, # an Index
     todo = [k for k in keys if k not in known]
     at, t, piece = 0, time.monotonic(), {}
     while at < len(todo):
-        part = todo[at:at+512]; at += len(part)
+        part = todo[at:at+batch]; at += len(part)
         s = scan([ix.set.path(k[0]) for k in part], [k[3] for k in part],
                  workers)
         hashes = [h.tobytes() for h in np.hstack([s.content, s.looks])]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 
-# %% ../../nbs/core/yolo_stats.ipynb #4e5f2dd9
+# %% ../../nbs/core/yolo_stats.ipynb #8676350f
 @dataclass
 class Boxes:
     "Boxes of many images as columns, sorted by image."
@@ -46,8 +46,10 @@ class Boxes:
 
 def corners(xywh): # (N,4) cxcywh
     "(N,4) xyxy of centre and size."
-    half = xywh[:, 2:]/2
-    return np.hstack([xywh[:, :2]-half, xywh[:, :2]+half])
+    out = np.empty((len(xywh), 4)); half = xywh[:, 2:]*.5
+    np.subtract(xywh[:, :2], half, out=out[:, :2])
+    np.add(xywh[:, :2], half, out=out[:, 2:])
+    return out
 
 # %% ../../nbs/core/yolo_stats.ipynb #4fe60569
 def train_scale(size,  # (M,2) width, height, pixels
