@@ -380,7 +380,7 @@ def _inside_row(X, Y, Z, x0, e, out):
     for j in range(n): top = out[j] if out[j] > top else top
     return top > 0
 
-# %% ../../nbs/core/solids.ipynb #de582bba
+# %% ../../nbs/core/solids.ipynb #a7bad242
 @njit(cache=True)
 def _front_faces(n, c, front, eye, ch, sh, L, lit):
     "Front faces (F, 10): plane from the eye, own normal, light on white."
@@ -403,29 +403,63 @@ def _fill_prism(cv, win, n, c, m, front, axes, mat, L, lit, oid, box):
     px, py, pz = cv.eye[0]-axes[0], cv.eye[1]-axes[1], cv.eye[2]-axes[2]
     e32 = (m[:, :3]*cv.cam[1]).astype(np.float32)
     fs = _front_faces(n, c, front, cv.eye, ch, sh, L, lit)
-    x0, inside = win[2] + pad, np.empty(max(0, win[3] - win[2]), np.float32)
+    x0, w = win[2] + pad, max(0, win[3] - win[2])
+    inside, hit = np.empty(w, np.float32), np.empty(w, np.int32)
+    ts, f32 = np.empty(w, np.float32), fs[:, :4].astype(np.float32)
+    lo, hi = max(0, -win[2]), min(w, depth.shape[1] - win[2])
     for i in range(win[0], win[1]):
         X, Y, Z = rays[0, i + pad], rays[1, i + pad], rays[2, i + pad]
         if not _inside_row(X, Y, Z, x0, e32, inside): continue
-        for k in range(len(inside)):
-            a = inside[k]
-            if a <= 0.: continue
-            j, dx, dy, dz = win[2] + k, X[x0+k], Y[x0+k], Z[x0+k]
-            t, h, dn = -1., -1, 0.
-            for f in range(len(fs)):
-                q = fs[f, 0]*dx + fs[f, 1]*dy + fs[f, 2]*dz
-                if q < -1e-6 and fs[f, 3]/q > t: t, h, dn = fs[f, 3]/q, f, q
-            if h < 0: continue
-            if not claim(mark, depth, pad, i, j, a, t, oid, box): continue
+        _enter_row(X, Y, Z, x0, f32, ts, hit)
+        _count_row(inside, hit, mark[i + pad], x0, oid, i, win[2], depth, box)
+        if i < 0 or i >= depth.shape[0]: continue
+        for k in range(lo, hi):
+            a, h, t, j = inside[k], hit[k], ts[k], win[2] + k
+            if a <= 0. or h < 0 or t >= depth[i, j]: continue
+            dx, dy, dz = X[x0 + k], Y[x0 + k], Z[x0 + k]
+            dn = fs[h, 0]*dx + fs[h, 1]*dy + fs[h, 2]*dz
             x, y = px + t*dx, py + t*dy
             r, g, b, glow, gloss = paint(mat, ch*x + sh*y, ch*y - sh*x,
                 pz + t*dz, fs[h, 4], fs[h, 5], fs[h, 6], night)
-            u, v, w = r*fs[h, 7], g*fs[h, 8], b*fs[h, 9]
+            u, v, s = r*fs[h, 7], g*fs[h, 8], b*fs[h, 9]
             if gloss > 0.:
-                u, v, w = _mirror(u, v, w, gloss, dx - 2*dn*fs[h, 0],
+                u, v, s = _mirror(u, v, s, gloss, dx - 2*dn*fs[h, 0],
                     dy - 2*dn*fs[h, 1], dz - 2*dn*fs[h, 2], dn, L, lit)
             put(rgb, depth, ids, i, j, a, t, u + glow*(r - u),
-                v + glow*(g - v), w + glow*(b - w), oid)
+                v + glow*(g - v), s + glow*(b - s), oid)
+
+@njit(cache=True, error_model="numpy")
+def _enter_row(X, Y, Z, x0, fs, ts, hit):
+    "Where each ray of a row enters: distance and number of the front face."
+    zero, far = np.float32(-1e-6), np.float32(-1)
+    for j in range(len(ts)): ts[j], hit[j] = far, -1
+    for f in range(len(fs)):
+        a, b, c, d = fs[f, 0], fs[f, 1], fs[f, 2], fs[f, 3]
+        for j in range(len(ts)):
+            q = X[x0 + j]*a + Y[x0 + j]*b + Z[x0 + j]*c
+            t = d/q
+            ok = q < zero and t > ts[j]
+            ts[j] = t if ok else ts[j]
+            hit[j] = np.int32(f) if ok else hit[j]
+
+@njit(cache=True)
+def _count_row(inside, hit, mark, x0, oid, i, j0, depth, box):
+    "Count a row's pixels that are covered by half: all, and those in view."
+    n, seen, first, last = 0, 0, 1 << 30, -1
+    frame = i >= 0 and i < depth.shape[0]
+    for k in range(len(inside)):
+        if inside[k] < .5 or hit[k] < 0 or mark[x0 + k] == oid: continue
+        mark[x0 + k] = oid
+        n += 1
+        j = j0 + k
+        if frame and j >= 0 and j < depth.shape[1] and depth[i, j] > 0.:
+            seen += 1
+            first, last = min(first, j), max(last, j + 1)
+    box[4] += n
+    if seen == 0: return
+    box[5] += seen
+    box[6], box[7] = min(box[6], first), min(box[7], i)
+    box[8], box[9] = max(box[8], last), max(box[9], i + 1)
 
 @njit(cache=True)
 def _mirror(u, v, w, gloss, mx, my, mz, dn, L, lit):
