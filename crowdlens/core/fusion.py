@@ -12,7 +12,7 @@ import numba as nb
 import numpy as np
 from .files import InputError
 
-# %% ../../nbs/core/fusion.ipynb #18a90bd5
+# %% ../../nbs/core/fusion.ipynb #2087faa2
 @nb.njit(cache=True, nogil=True, error_model="numpy")
 def _nearest(fused, n, b):
     "The fused box of largest overlap with `b` and that overlap."
@@ -29,6 +29,7 @@ def _nearest(fused, n, b):
         if iou > best: at, best = k, iou
     return at, best
 
+# %% ../../nbs/core/fusion.ipynb #ac0638e9
 @nb.njit(cache=True, nogil=True, error_model="numpy")
 def _cluster(boxes, scores, weights, thr, by_max, fused, conf, size, total,
              member):
@@ -184,7 +185,7 @@ def wbf(boxes_list,  # a model each: (n,4) xyxy, 0..1
     return (box[back], conf[back],
             names[np.argsort(first)][key][back].astype(np.float64))
 
-# %% ../../nbs/core/fusion.ipynb #9f20dc96
+# %% ../../nbs/core/fusion.ipynb #cbbe9f49
 @nb.njit(cache=True, nogil=True, error_model="numpy")
 def _suppress(start, boxes, thr):
     "(n,) bool: boxes that no better one of their heap covers."
@@ -192,10 +193,9 @@ def _suppress(start, boxes, thr):
     for g in range(len(start)-1):
         for i in range(start[g], start[g+1]):
             if not keep[i]: continue
-            rest = boxes[i+1:start[g+1]]
-            for j in range(len(rest)):
-                if keep[i+1+j]:
-                    keep[i+1+j] = not _nearest(rest[j:j+1], 1, boxes[i])[1] > thr
+            for j in range(i+1, start[g+1]):
+                if keep[j] and _nearest(boxes[j:j+1], 1, boxes[i])[1] > thr:
+                    keep[j] = False
     return keep
 
 def nms(boxes_list, scores_list, labels_list, # as for `wbf`
@@ -216,7 +216,7 @@ def nms(boxes_list, scores_list, labels_list, # as for `wbf`
     order = order[_suppress(start, b[order], iou_thr)]
     return b[order], s[order], l[order].astype(np.float64)
 
-# %% ../../nbs/core/fusion.ipynb #38428c55
+# %% ../../nbs/core/fusion.ipynb #7935dadd
 def _columns(rows, sizes, t):
     "Image ids, categories, scores, boxes xyxy of 0..1 of one model's list."
     try:
@@ -235,6 +235,7 @@ def _columns(rows, sizes, t):
     wh = np.array([sizes[i] for i in ids.tolist()], float).reshape(-1, 2)[at]
     return im, cat, s, np.hstack([b[:, :2], b[:, :2]+b[:, 2:]])/np.tile(wh, 2)
 
+# %% ../../nbs/core/fusion.ipynb #71039db9
 def fuse(results,  # a model each: list of COCO results, boxes in pixels
          *, sizes:dict,  # image id -> (width, height), pixels
          iou_thr:float=.55,  # boxes that overlap more are one
