@@ -7,16 +7,16 @@ __all__ = ['PUBLISHED', 'Inert', 'read_weights', 'Loaded', 'fill', 'old_names', 
            'load_lightning', 'from_detr_repo', 'Checkpoint', 'open', 'geometry_of', 'tensors_hash', 'split_delta',
            'join_delta', 'remake_heads']
 
-# %% ../../nbs/models/checkpoints.ipynb #bcd1ba58
-import hashlib,importlib,io,json,pickle,re,types,warnings,zipfile
+# %% ../../nbs/models/checkpoints.ipynb #30b0ceab
+import hashlib,importlib,pickle,re,tarfile,types,warnings
 from dataclasses import dataclass,field
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file,save_file
 from torch import nn
-from transformers import (AutoConfig,AutoModelForObjectDetection,
-    CONFIG_MAPPING,DetrConfig,DetrForObjectDetection,DINOv3ConvNextConfig,
+from transformers import (AutoModelForObjectDetection,CONFIG_MAPPING,
+    DetrConfig,DetrForObjectDetection,DINOv3ConvNextConfig,
     DINOv3ViTConfig,TimmBackboneConfig)
 from ..core.coco import LabelMap
 from ..core.files import InputError,read_json
@@ -53,7 +53,7 @@ _INERT = types.SimpleNamespace(__name__="inert", Unpickler=_Reader,
     load=lambda f, **kw: _Reader(f, **kw).load(),
     UnpicklingError=pickle.UnpicklingError)
 
-# %% ../../nbs/models/checkpoints.ipynb #0e4f0096
+# %% ../../nbs/models/checkpoints.ipynb #154a8d43
 def read_weights(
     path,  # .pth, .pt, .ckpt, .bin or .safetensors
 ) -> dict:
@@ -75,6 +75,8 @@ def read_weights(
 
 def _read_inert(path, cut):
     "The tensors and plain values of a pickle; its objects become `Inert`."
+    if tarfile.is_tarfile(path): raise InputError("a tar of torch 0.1", path,
+        fix="save it again with a torch of this decade")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
