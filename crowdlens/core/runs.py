@@ -447,16 +447,17 @@ def resume(self:Run) -> tuple|None:
     self.log(f"resumes after {last.resolve().name}")
     return load_file(last/"model.safetensors"), state
 
-# %% ../../nbs/core/runs.ipynb #86a1c1ee
+# %% ../../nbs/core/runs.ipynb #f1e4e31e
 def settings(
     stage:str,  # as "01_audit"
     cls,  # its Config class
     profile:str="",  # a profile's name, or a YAML file
     pairs:tuple=(),  # "name=value" texts
+    base:dict|None=None,  # values of another tool's settings; any other wins
     **fixed,  # values that win over all others; None is left out
 ) -> dict:
-    "Defaults, then `profile`, `pairs`, `fixed`; checked, every field."
-    vals = dict(name=Path(profile).stem if profile else "run")
+    "Defaults, `base`, `profile`, `pairs`, `fixed`; checked, every field."
+    vals = dict(name=Path(profile).stem if profile else "run") | (base or {})
     if profile: vals |= profile_values(stage, profile)
     vals |= config.parse(cls, list(pairs))
     vals |= {k: v for k,v in fixed.items() if v is not None}
