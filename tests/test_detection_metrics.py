@@ -361,3 +361,16 @@ def test_groups_hold_every_box_once():
     assert sorted(g.det) == list(range(len(det))) and sorted(g.obj) == list(range(len(gt)))
     for a, b in zip(g.det_start, g.det_start[1:]):
         assert (np.diff(det.scores[g.det[a:b]]) <= 0).all()
+
+
+def test_threads_change_nothing(monkeypatch):
+    "Many boxes are fused by several threads: the same result."
+    r = np.random.default_rng(0)
+    models = [[dict(image_id=i, category_id=int(c), score=float(s), bbox=b.tolist()) for i in range(40)
+               for c, s, b in zip(r.integers(0, 3, 200), r.random(200), r.uniform(1, 50, (200, 4)))] for _ in range(3)]
+    sizes = dict.fromkeys(range(40), (100, 100))
+    got = []
+    for n in (1, 4):
+        monkeypatch.setattr(fusion.os, "cpu_count", lambda n=n: n)
+        got.append(fusion.fuse(models, sizes=sizes))
+    assert got[0] == got[1] and len(got[0]) > 1000
