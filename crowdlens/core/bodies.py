@@ -9,7 +9,7 @@ __all__ = ['CARS', 'LIVERY', 'CLOTH', 'SKIN', 'HAIR', 'NP', 'NC', 'pick', 'add_p
 # %% ../../nbs/core/bodies.ipynb #37261a3b
 import math
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .raster import hash01
 from .solids import draw_prism, draw_capsule
 from .solids import shadow_prism, shadow_capsule

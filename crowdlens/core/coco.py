@@ -9,7 +9,7 @@ __all__ = ['LabelMap', 'read_coco', 'annotations_json', 'coco_chunks', 'write_co
 import difflib,math
 from dataclasses import dataclass
 from pathlib import Path
-import numba as nb
+from .compiled import nb
 import numpy as np
 import orjson
 from fastcore.basics import patch

@@ -10,7 +10,7 @@ import math
 import cv2
 import numpy as np
 from fastcore.basics import patch
-from numba import njit
+from .compiled import njit
 from . import people as P
 from .lens import project_point
 from crowdlens.core.raster import (hash01, new_canvas, start, draw_capsules,

@@ -8,7 +8,7 @@ __all__ = ['CONF', 'wbf', 'nms', 'fuse', 'join_names', 'camera', 'pseudo_labels'
 # %% ../../nbs/core/fusion.ipynb #6456ba53
 import os,re
 from concurrent.futures import ThreadPoolExecutor
-import numba as nb
+from .compiled import nb
 import numpy as np
 from .files import InputError
 

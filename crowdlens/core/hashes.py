@@ -10,7 +10,7 @@ import hashlib,io,os,warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import cv2
-import numba as nb
+from .compiled import nb
 import numpy as np
 import simplejpeg
 from PIL import Image

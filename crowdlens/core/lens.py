@@ -10,7 +10,7 @@ __all__ = ['look_at', 'project_point', 'pixel_ray', 'project_many', 'ray_many', 
 import math
 from dataclasses import dataclass, field, replace
 import numpy as np
-from numba import njit
+from .compiled import njit
 
 # %% ../../nbs/core/lens.ipynb #22101d75
 def look_at(

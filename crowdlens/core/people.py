@@ -12,7 +12,7 @@ __all__ = ['ACTIONS', 'X', 'Y', 'Z', 'HEAD', 'SPEED', 'TX', 'TY', 'WANT', 'MODE'
 # %% ../../nbs/core/people.ipynb #9add24ca
 import math
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .lens import project_point
 from .raster import hash01, place_capsule
 

@@ -11,7 +11,7 @@ __all__ = ['hash01', 'noise2', 'fbm', 'Canvas', 'new_canvas', 'start', 'capsule_
 import math
 from dataclasses import dataclass
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .lens import project_point, pixel_ray
 
 # %% ../../nbs/core/raster.ipynb #5ebebd8c

@@ -11,7 +11,7 @@ __all__ = ['PALETTES', 'NET_TOP', 'NET_REACH', 'BLUER', 'Light', 'draw_light', '
 import math
 from dataclasses import dataclass
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .lens import Pinhole, look_at, sample_edge, pixel_ray
 from crowdlens.core.raster import (fbm, noise2, hash01, ground_map, new_canvas,
     draw_polygon, draw_capsules, place_capsule, outline_area, capsule_box,

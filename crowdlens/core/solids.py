@@ -11,7 +11,7 @@ __all__ = ['Canvas', 'LIGHT', 'PAINT', 'canvas', 'prism', 'place', 'prism_faces'
 import math
 from collections import namedtuple
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .lens import project_point, ray_many
 from .raster import hash01, noise2
 

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
-from numba import njit
+from .compiled import njit
 from .lens import Fisheye, look_at, project_point
 from .raster import fbm, hash01, noise2
 from .solids import (canvas, Canvas, draw_capsule, draw_prism,

@@ -11,7 +11,7 @@ __all__ = ['CLASSES', 'BUS', 'BIKE', 'CAR', 'PED', 'TRUCK', 'LANE', 'M', 'CYCLE'
 import math
 from dataclasses import dataclass
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .raster import hash01
 
 # %% ../../nbs/core/traffic.ipynb #b6d86577

@@ -9,7 +9,7 @@ __all__ = ['Truth', 'make_truth', 'clip', 'split_of', 'hash_normal', 'wobble', '
 import math
 from dataclasses import dataclass, fields
 import numpy as np
-from numba import njit
+from .compiled import njit
 from .files import InputError
 from .raster import hash01
 

@@ -9,7 +9,7 @@ __all__ = ['BOX', 'CONF', 'POLYGON', 'POSE', 'UNKNOWN', 'KINDS', 'REASONS', 'EDG
 # %% ../../nbs/core/yolo_rows.ipynb #f652c0f5
 import math
 from dataclasses import dataclass
-import numba as nb
+from .compiled import nb
 import numpy as np
 
 # %% ../../nbs/core/yolo_rows.ipynb #c87e3b97

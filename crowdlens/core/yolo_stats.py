@@ -10,7 +10,7 @@ __all__ = ['AREAS', 'Boxes', 'corners', 'train_scale', 'area_class', 'per_patch'
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-import numba as nb
+from .compiled import nb
 import numpy as np
 
 # %% ../../nbs/core/yolo_stats.ipynb #8676350f

@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE', 'miss_curve', 'log_average', 'jaccard', 'crowd_scores']
 
 # %% ../../nbs/metrics/crowds.ipynb #ed84a3da
-import numba as nb
+from ..core.compiled import nb
 import numpy as np
 from .matching import _augment,match_caltech,overlaps
 from .tables import GroundTruth,Detections,group

@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'CROWDS', 'found', 'pr_curves', 'plot_pr', 'crowding', 'reca
            'worst_images', 'head_consistency', 'figures', 'add_to']
 
 # %% ../../nbs/metrics/detection_report.ipynb #39cb3407
-import numba as nb
+from ..core.compiled import nb
 import numpy as np
 from ..core.plots import INK,color,new_figure,use_style
 from ..core.yolo_stats import Boxes,pair_heads

@@ -6,7 +6,7 @@
 __all__ = ['HIT', 'MISS', 'IGNORED', 'overlaps', 'match_coco', 'match_caltech', 'largest_matching', 'match_by_overlap']
 
 # %% ../../nbs/metrics/matching.ipynb #a40c16f1
-import numba as nb
+from ..core.compiled import nb
 import numpy as np
 
 # %% ../../nbs/metrics/matching.ipynb #9796dc1c
