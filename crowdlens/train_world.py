@@ -102,7 +102,7 @@ def groups(
     return [dict(params=[p for p in ps if p.ndim > 1], weight_decay=1e-4),
             dict(params=[p for p in ps if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/train_world.ipynb #95a4dd14
+# %% ../nbs/train_world.ipynb #39676945
 class Learner:
     "A model, its optimiser and its average, that can be put away and back."
     def __init__(self, cfg:Config):
@@ -127,7 +127,10 @@ class Learner:
         self.opt.load_state_dict(state["opt"])
         self.ema, self.step = ema, state["step"]
 
-    def learn(self, batch) -> float:  # a list of (image, boxes_xyxy, labels)
+    def learn(
+        self,
+        batch,  # a list of (image, boxes_xyxy, labels)
+    ) -> float:
         "One step; its loss."
         for g in self.opt.param_groups:
             g["lr"] = self.cfg.lr*rate(self.step, self.cfg)

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'CROWDS', 'found', 'pr_curves', 'plot_pr', 'crowding', 'recall_by', 'plot_recall', 'plot_confusion',
            'worst_images', 'head_consistency', 'figures', 'add_to']
 
-# %% ../../nbs/metrics/detection_report.ipynb #39cb3407
+# %% ../../nbs/metrics/detection_report.ipynb #dfe9351e
 from ..core.compiled import nb
 import numpy as np
 from ..core.plots import INK,color,new_figure,use_style
@@ -31,7 +31,7 @@ def found(gt:GroundTruth, det:Detections,
     state[keep[g.det[m >= 0]]] = np.where(crowd[m[m >= 0]], -1, 1)
     return seen, state
 
-# %% ../../nbs/metrics/detection_report.ipynb #757038eb
+# %% ../../nbs/metrics/detection_report.ipynb #0131402a
 def pr_curves(gt:GroundTruth, det:Detections, iou:float=.5) -> dict:
     "Class name -> dict of recall, precision, score (falling) and best score."
     state, out = found(gt, det, 0, iou)[1], {}
@@ -47,7 +47,9 @@ def pr_curves(gt:GroundTruth, det:Detections, iou:float=.5) -> dict:
             f1=float(f1.max(initial=0)))
     return out
 
-def plot_pr(curves:dict):  # from `pr_curves`
+def plot_pr(
+    curves:dict,  # from `pr_curves`
+):
     "Precision over recall, a line a class, the best F1 marked."
     fig, ax = new_figure(size=(5, 3)); ax = ax[0, 0]
     with use_style():
@@ -104,9 +106,12 @@ def recall_by(gt:GroundTruth, det:Detections,
                 "recall": float(seen[m].mean())})
     return rows
 
-# %% ../../nbs/metrics/detection_report.ipynb #e41d7d3d
-def plot_recall(rows, xlabel:str, # from `recall_by`; with its unit
-                least:int=5):  # objects that a bin needs to be shown
+# %% ../../nbs/metrics/detection_report.ipynb #79620d4c
+def plot_recall(
+    rows,  # from `recall_by`
+    xlabel:str,  # with its unit
+    least:int=5,
+):  # objects that a bin needs to be shown
     "Recall of each bin, a line a class, dots as large as the bin is full."
     fig, ax = new_figure(size=(5, 2.6)); ax = ax[0, 0]
     rows = [r for r in rows if r["objects"] >= least]

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from ..core.files import InputError,read_json
 
-# %% ../../nbs/metrics/tables.ipynb #240488b6
+# %% ../../nbs/metrics/tables.ipynb #3b53f388
 @dataclass
 class GroundTruth:
     "Objects of many images as columns, and the images and classes there are."
@@ -42,7 +42,10 @@ class Detections:
 
     def __len__(self): return len(self.image)
 
-    def of(self, keep):  # (N,) bool
+    def of(
+        self,
+        keep,  # (N,) bool
+    ):
         "The detections where `keep` holds."
         return Detections(self.image[keep], self.cat[keep],
                           self.boxes_xywh[keep], self.scores[keep])
@@ -144,7 +147,7 @@ def _position(ids, known, what, where, path):
         f"{len(known)} that the ground truth lists ({n} such)", path,
         fix=f"take them out, or evaluate against the file they belong to")
 
-# %% ../../nbs/metrics/tables.ipynb #574c7c7e
+# %% ../../nbs/metrics/tables.ipynb #3f5ccb15
 def _table(d, key, path):
     "The list `d[key]` of a COCO file."
     if not isinstance(d, dict): raise InputError("not a COCO file: "
@@ -153,7 +156,9 @@ def _table(d, key, path):
         f"not a COCO file: it has no list {key!r}", path)
     return d[key]
 
-def read_ground_truth(gt) -> GroundTruth:  # path, COCO dict or GroundTruth
+def read_ground_truth(
+    gt,  # path, COCO dict or GroundTruth
+) -> GroundTruth:
     "Ground truth as columns; `InputError` names the first faulty entry."
     if isinstance(gt, GroundTruth): return gt
     d, path = _load(gt)
