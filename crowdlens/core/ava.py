@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 from .files import InputError,atomic
 
-# %% ../../nbs/core/ava.ipynb #76efef8f
+# %% ../../nbs/core/ava.ipynb #da4112ba
 @dataclass(eq=False)
 class AvaRows:
     "The rows of an AVA file, in its order."
@@ -28,7 +28,10 @@ class AvaRows:
 
     def __len__(self): return len(self.movie)
 
-    def __getitem__(self, rows):  # a mask, a slice or row numbers
+    def __getitem__(
+        self,
+        rows,  # a mask, a slice or row numbers
+    ):
         "The table of these rows."
         return AvaRows(*(getattr(self, f.name)[rows] for f in fields(self)))
 
@@ -153,12 +156,16 @@ def save_ava(
             m = f'"{m}"' if re.search(r"[,\t]", m) else m
             f.write(fmt % (m, s, *b, "" if a < 0 else a, p))
 
-# %% ../../nbs/core/ava.ipynb #ca19f27b
-def read_labelmap(path) -> dict[int,str]:  # a .pbtxt -> id: name
+# %% ../../nbs/core/ava.ipynb #4b2f1382
+def read_labelmap(
+    path,  # a .pbtxt -> id: name
+) -> dict[int,str]:
     "Action names by number, from either dialect."
     return {k: v["name"] for k,v in _blocks(path).items()}
 
-def read_label_types(path) -> dict[int,str]:  # a .pbtxt -> id: type
+def read_label_types(
+    path,  # a .pbtxt -> id: type
+) -> dict[int,str]:
     "Types (PERSON_MOVEMENT …) by number; absent where none is stated."
     return {k: v["label_type"] for k,v in _blocks(path).items()
             if "label_type" in v}
@@ -201,13 +208,17 @@ def write_labelmap(
     with atomic(path) as tmp: tmp.write_text("".join(
         block.format(k, v, (types or {}).get(k)) for k,v in names.items()))
 
-# %% ../../nbs/core/ava.ipynb #723a6bb0
-def read_excluded(path) -> set[tuple]:  # lines `movie,second`
+# %% ../../nbs/core/ava.ipynb #df10ffae
+def read_excluded(
+    path,  # lines `movie,second`
+) -> set[tuple]:
     "The keyframes (movie, second) that are not scored."
     return {(m.strip(), _second(s, no, path)) for no,(m,_,s) in
             _filled(path, lambda l: l.rpartition("," if "," in l else "\t"))}
 
-def read_seconds(path) -> list[int]:  # one number a line
+def read_seconds(
+    path,  # one number a line
+) -> list[int]:
     "A list of seconds, as ava_included_timestamps has it."
     return [_second(l, no, path) for no,l in _filled(path, str)]
 

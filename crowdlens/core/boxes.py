@@ -9,35 +9,47 @@ __all__ = ['xyxy_to_xywh', 'xywh_to_xyxy', 'xyxy_to_cxcywh', 'cxcywh_to_xyxy', '
 # %% ../../nbs/core/boxes.ipynb #6e8664da
 import numpy as np
 
-# %% ../../nbs/core/boxes.ipynb #d5a2f913
-def xyxy_to_xywh(boxes_xyxy): # (...,4)
+# %% ../../nbs/core/boxes.ipynb #ae28e139
+def xyxy_to_xywh(
+    boxes_xyxy,  # (...,4)
+):
     "Corner and size of boxes given by two corners."
     b = np.asarray(boxes_xyxy, float)
     return np.concatenate([b[..., :2], b[..., 2:] - b[..., :2]], -1)
 
-def xywh_to_xyxy(boxes_xywh): # (...,4)
+def xywh_to_xyxy(
+    boxes_xywh,  # (...,4)
+):
     "Two corners of boxes given by corner and size."
     b = np.asarray(boxes_xywh, float)
     return np.concatenate([b[..., :2], b[..., :2] + b[..., 2:]], -1)
 
-def xyxy_to_cxcywh(boxes_xyxy): # (...,4)
+def xyxy_to_cxcywh(
+    boxes_xyxy,  # (...,4)
+):
     "Centre and size of boxes given by two corners."
     b = np.asarray(boxes_xyxy, float)
     return np.concatenate([(b[..., :2] + b[..., 2:])/2,
                            b[..., 2:] - b[..., :2]], -1)
 
-def cxcywh_to_xyxy(boxes_cxcywh): # (...,4)
+def cxcywh_to_xyxy(
+    boxes_cxcywh,  # (...,4)
+):
     "Two corners of boxes given by centre and size."
     b = np.asarray(boxes_cxcywh, float)
     h = b[..., 2:]/2
     return np.concatenate([b[..., :2] - h, b[..., :2] + h], -1)
 
-def xywh_to_cxcywh(boxes_xywh): # (...,4)
+def xywh_to_cxcywh(
+    boxes_xywh,  # (...,4)
+):
     "Centre and size of boxes given by corner and size."
     b = np.asarray(boxes_xywh, float)
     return np.concatenate([b[..., :2] + b[..., 2:]/2, b[..., 2:]], -1)
 
-def cxcywh_to_xywh(boxes_cxcywh): # (...,4)
+def cxcywh_to_xywh(
+    boxes_cxcywh,  # (...,4)
+):
     "Corner and size of boxes given by centre and size."
     b = np.asarray(boxes_cxcywh, float)
     return np.concatenate([b[..., :2] - b[..., 2:]/2, b[..., 2:]], -1)
@@ -60,8 +72,10 @@ def _twice(size):
     s = np.asarray(size, float)
     return np.concatenate([s, s], -1)
 
-# %% ../../nbs/core/boxes.ipynb #52b3c3d1
-def area(boxes_xyxy): # (...,4)
+# %% ../../nbs/core/boxes.ipynb #72c570c4
+def area(
+    boxes_xyxy,  # (...,4)
+):
     "Area of boxes, 0 for those that are turned inside out."
     b = np.asarray(boxes_xyxy, float)
     return (b[..., 2:] - b[..., :2]).clip(0).prod(-1)

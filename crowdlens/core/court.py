@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BALL_R', 'step_ball', 'Play', 'make_net', 'lay_over', 'draw_order', 'draw_frame', 'Court']
 
-# %% ../../nbs/core/court.ipynb #2277b435
+# %% ../../nbs/core/court.ipynb #943ec3c5
 import math
 import cv2
 import numpy as np
@@ -290,16 +290,34 @@ def _measure(rows, number, seen, own, W, H, full, head, share):
         else: share[part] = max(outline_area(rows, 1 if part else -1),
                                 float(own[number, part]))
 
-# %% ../../nbs/core/court.ipynb #8d08621a
+# %% ../../nbs/core/court.ipynb #ba6fce12
 @njit(cache=True)
 def draw_frame(
-    image, ids, stamp, own, seen, # the canvas' buffers
-    base, cover, ground, # background, shadow buffer, ground map
-    cam, lamp, # camera array; light in camera axes
-    S, B, J, bodies, dress, # people and ball
-    tint, strength, sx, sy, # light colour, shadow strength, throw
-    at, rgb, alpha, # the net
-    full, heads, area, # written: (n+1, 4), (n+1, 4), (n+1, 2)
+    image,
+    ids,
+    stamp,
+    own,
+    seen,  # the canvas' buffers
+    base,
+    cover,
+    ground,  # background, shadow buffer, ground map
+    cam,  # camera array
+    lamp,  # light in camera axes
+    S,
+    B,
+    J,
+    bodies,
+    dress,  # people and ball
+    tint,
+    strength,
+    sx,
+    sy,  # light colour, shadow strength, throw
+    at,
+    rgb,
+    alpha,  # the net
+    full,
+    heads,
+    area,  # written: (n+1, 4), (n+1, 4), (n+1, 2)
 ):
     "Paint and measure one frame; object numbers are 1 + index."
     H, W = ids.shape

@@ -69,7 +69,7 @@ def submission(detections,  # dicts: image, label, score, box_xyxy
     return [entry(ids[d["image"]], d["label"], d["score"], d["box_xyxy"])
             for d in dets if d["score"] > low[classes[d["label"]]]]
 
-# %% ../../nbs/core/fisheye_challenge.ipynb #f6689637
+# %% ../../nbs/core/fisheye_challenge.ipynb #af39db6a
 def _fault(e, known, n):
     "What is wrong with one entry, or None."
     want = {"image_id", "category_id", "bbox", "score"}
@@ -84,8 +84,11 @@ def _fault(e, known, n):
                               for v in b): return f"box {b!r}"
     return None if b[2] > 0 and b[3] > 0 else f"box {b!r} has no area"
 
-def validate(entries, known=None,  # ids of the test set's images; None: any
-             classes=CLASSES) -> dict:  # figures of a good submission
+def validate(
+    entries,  # ids of the test set's images
+    known=None,  # None: any
+    classes=CLASSES,
+) -> dict:  # figures of a good submission
     "Counts of a submission; `InputError` names the first faulty entry."
     for i, e in enumerate(entries):
         why = _fault(e, known, len(classes))

@@ -18,8 +18,10 @@ from .files import InputError,atomic,show_path
 from .images import MAX_PIXELS,is_image,read_image
 from .runs import bar
 
-# %% ../../nbs/core/frames.ipynb #ceb918f8
-def natural_key(name) -> tuple:  # a file name or path
+# %% ../../nbs/core/frames.ipynb #f750f438
+def natural_key(
+    name,  # a file name or path
+) -> tuple:
     "Sort key that compares runs of digits as numbers."
     parts = re.split(r"(\d+)", str(name))
     return (*((int(p), "") if i%2 else (-1, p.lower())

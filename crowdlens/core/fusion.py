@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONF', 'wbf', 'nms', 'fuse', 'join_names', 'camera', 'pseudo_labels']
 
-# %% ../../nbs/core/fusion.ipynb #6456ba53
+# %% ../../nbs/core/fusion.ipynb #dbfd6104
 import os,re
 from concurrent.futures import ThreadPoolExecutor
 from .compiled import nb
@@ -266,8 +266,10 @@ def fuse(results,  # a model each: list of COCO results, boxes in pixels
             zip(ids[im].tolist(), cats[cat].tolist(),
                 np.hstack([xy, to-xy]).tolist(), conf[order].tolist())]
 
-# %% ../../nbs/core/fusion.ipynb #ff8d3544
-def join_names(files) -> list:  # COCO-like dicts with images and annotations
+# %% ../../nbs/core/fusion.ipynb #e13c5af1
+def join_names(
+    files,  # COCO-like dicts with images and annotations
+) -> list:
     "Each file's annotations with the image ids of the first."
     ids = {i["file_name"]: i["id"] for i in files[0]["images"]}; out = []
     for t, f in enumerate(files):

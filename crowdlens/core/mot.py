@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from .files import InputError,atomic
 
-# %% ../../nbs/core/mot.ipynb #7c0fa06d
+# %% ../../nbs/core/mot.ipynb #0566037f
 @dataclass(eq=False)
 class MotRows:
     "The rows of a MOT file, sorted by frame, then id."
@@ -25,7 +25,10 @@ class MotRows:
 
     def __len__(self): return len(self.frame)
 
-    def __getitem__(self, rows):  # a mask, a slice or row numbers
+    def __getitem__(
+        self,
+        rows,  # a mask, a slice or row numbers
+    ):
         "The table of these rows."
         return MotRows(*(getattr(self, f.name)[rows] for f in fields(self)))
 
@@ -158,7 +161,7 @@ def save_mot(
         fmt = ["%d", "%d", *[px]*4, "%.4f", "%d", "%d", "%d"]
     with atomic(path) as tmp: np.savetxt(tmp, np.stack(cols, 1), fmt, ",")
 
-# %% ../../nbs/core/mot.ipynb #3844f846
+# %% ../../nbs/core/mot.ipynb #e1199ec5
 @dataclass
 class SeqInfo:
     "What seqinfo.ini says of a sequence."
@@ -170,7 +173,9 @@ class SeqInfo:
     imHeight: int = 0  # pixels
     imExt: str = ".jpg"
 
-def read_seqinfo(path) -> SeqInfo:  # seqinfo.ini, or the folder that holds it
+def read_seqinfo(
+    path,  # seqinfo.ini, or the folder that holds it
+) -> SeqInfo:
     "Read seqinfo.ini; `InputError` names the key that is missing or wrong."
     path = Path(path)/"seqinfo.ini" if Path(path).is_dir() else Path(path)
     ini = configparser.ConfigParser(interpolation=None)
@@ -191,13 +196,18 @@ def read_seqinfo(path) -> SeqInfo:  # seqinfo.ini, or the folder that holds it
             f"{f.name}={v} is no number", path) from None
     return SeqInfo(**out)
 
-def write_seqinfo(path, info:SeqInfo):  # target file; what to write
+def write_seqinfo(
+    path,  # target file
+    info:SeqInfo,  # what to write
+):
     "Write seqinfo.ini."
     num = lambda v: f"{v:g}" if isinstance(v, float) else str(v)
     with atomic(path) as tmp: tmp.write_text("[Sequence]\n" + "".join(
         f"{f.name}={num(getattr(info, f.name))}\n" for f in fields(info)))
 
-def check_sequence(folder) -> list[str]:  # holds seqinfo.ini, img1/, gt/
+def check_sequence(
+    folder,  # holds seqinfo.ini, img1/, gt/
+) -> list[str]:
     "What disagrees between seqinfo.ini, the pictures and the ground truth."
     folder, info, odd = Path(folder), read_seqinfo(folder), []
     n = sum(p.suffix.lower() == info.imExt.lower()

@@ -14,7 +14,7 @@ import numpy as np
 from .files import InputError,atomic
 from .yolo_set import FLAWS
 
-# %% ../../nbs/core/plant.ipynb #f8355781
+# %% ../../nbs/core/plant.ipynb #3caa854c
 @dataclass(frozen=True)
 class Planted:
     "One flaw that was put there."
@@ -31,7 +31,10 @@ class Plot:
         found = sorted(self.root.glob("*/images/*.jpg"))
         self.left = [found[i] for i in self.rng.permutation(len(found))]
 
-    def take(self, split:str="") -> Path: # the image
+    def take(
+        self,
+        split:str="",  # the image
+    ) -> Path:
         "An image that no flaw has touched yet."
         for i,p in enumerate(self.left):
             if split in ("", p.parts[-3]): return self.left.pop(i)
@@ -263,7 +266,7 @@ def _names_count(s, i):
     n = sum(bool(re.match(r"  \d+:", l)) for l in p.read_text().splitlines())
     return s.done(_yaml(s, "", f"nc: {n + 1}"), "names_count")
 
-# %% ../../nbs/core/plant.ipynb #6607b02f
+# %% ../../nbs/core/plant.ipynb #2d83e17d
 def plant(
     root,  # a clean folder: train/ and val/ with images/ and labels/, data.yaml
     flaws,  # {flaw: count}, or one count for all
@@ -292,7 +295,10 @@ def plant(
 
 _OF_THE_SET = ("unused_name", "bad_path", "names_count")
 
-def flaw_counts(flaws, root=None) -> dict:  # FLAWS' order, names_count last
+def flaw_counts(
+    flaws,  # FLAWS' order, names_count last
+    root=None,
+) -> dict:
     "Every flaw's count, from a map or one number."
     if isinstance(flaws, int): flaws = {
         k: min(flaws, 1) if k == "names_count" else flaws for k in FLAWS}

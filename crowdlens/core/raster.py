@@ -7,7 +7,7 @@ __all__ = ['hash01', 'noise2', 'fbm', 'Canvas', 'new_canvas', 'start', 'capsule_
            'pixels_per_metre', 'place_capsule', 'capsule_box', 'outline_area', 'ground_map', 'shade_capsules',
            'shade_polygon', 'noise_tile', 'expose']
 
-# %% ../../nbs/core/raster.ipynb #3c9c1982
+# %% ../../nbs/core/raster.ipynb #3bd3d2bb
 import math
 from dataclasses import dataclass
 import numpy as np
@@ -36,12 +36,13 @@ def hash01(
     h = _stir(_stir(_stir(_stir(_ADD, seed), a), b), c)
     return np.float64(h >> _S[3])*(1./9007199254740992.)
 
-# %% ../../nbs/core/raster.ipynb #8e408b6d
+# %% ../../nbs/core/raster.ipynb #58075d2c
 @njit(cache=True)
 def noise2(
-    seed, # integer
-    x, y, # position; the landscape has hills about 1 wide
-): # float64 in [0, 1)
+    seed,  # integer
+    x,  # position
+    y,  # the landscape has hills about 1 wide
+):  # float64 in [0, 1)
     "Smooth value noise."
     i, j = math.floor(x), math.floor(y)
     u, v = x - i, y - j
@@ -310,15 +311,21 @@ def _polygon_box(uv, W, H):
             max(0, int(math.floor(min(v0, H)))),
             min(H, int(math.ceil(max(v1, 0.)))), v0, v1)
 
-# %% ../../nbs/core/raster.ipynb #8c0b2124
+# %% ../../nbs/core/raster.ipynb #1eb09c9f
 @njit(cache=True, error_model="numpy")
 def draw_polygon(
-    image, ids, stamp, own, seen, # the canvas' buffers
-    acc, # (H+1, W+2) float32 scratch, all zero, left all zero
-    uv, # (P, 2) float64 outline, pixels, either direction, not closed
-    rgb_top, rgb_bottom, # (3,) colours 0..255 at its upper, lower end
-    obj, part=0, # object number; 1: head
-    alpha=1., # opacity; below 0.5 the pixels keep their owners
+    image,
+    ids,
+    stamp,
+    own,
+    seen,  # the canvas' buffers
+    acc,  # (H+1, W+2) float32 scratch, all zero, left all zero
+    uv,  # (P, 2) float64 outline, pixels, either direction, not closed
+    rgb_top,
+    rgb_bottom,  # (3,) colours 0..255 at its upper, lower end
+    obj,  # object number
+    part=0,  # 1: head
+    alpha=1.,  # opacity; below 0.5 the pixels keep their owners
 ):
     "Paint a filled outline with exact area coverage."
     H, W = ids.shape

@@ -7,7 +7,7 @@ __all__ = ['PALETTES', 'NET_TOP', 'NET_REACH', 'BLUER', 'Light', 'draw_light', '
            'paint_backdrop', 'sides_in_view', 'quad', 'draw_boards', 'draw_steps', 'pick_spectators', 'draw_lookalike',
            'Extras', 'draw_extras', 'shade_net', 'Backdrop', 'lamp_of', 'make_backdrop']
 
-# %% ../../nbs/core/scenery.ipynb #1cbf7296
+# %% ../../nbs/core/scenery.ipynb #f77a8c71
 import math
 from dataclasses import dataclass
 import numpy as np
@@ -277,15 +277,21 @@ def _sea(seed, gx, gy, far, shore, zenith, horizon, out):
         v *= .82 + .36*w
         out[i] = v*(1. - foam) + 244.*foam
 
-# %% ../../nbs/core/scenery.ipynb #d90b1cfd
+# %% ../../nbs/core/scenery.ipynb #8bfc0f5f
 @njit(cache=True)
 def paint_surroundings(
-    out, # (H, W, 3) float32 picture
-    ground, # (H, W, 3) float32 of `ground_map`; NaN where painted here
-    cam, # (21,) float64 camera array
-    seed, back, # integer; as in a palette
-    zenith, horizon, dark, lit, # (3,) RGB 0..255
-    cloud, sun, eye, # cover 0..1, (3,) to the sun, (3,) camera position
+    out,  # (H, W, 3) float32 picture
+    ground,  # (H, W, 3) float32 of `ground_map`; NaN where painted here
+    cam,  # (21,) float64 camera array
+    seed,  # integer
+    back,  # as in a palette
+    zenith,
+    horizon,
+    dark,
+    lit,  # (3,) RGB 0..255
+    cloud,
+    sun,
+    eye,  # cover 0..1, (3,) to the sun, (3,) camera position
 ):
     "Paint sky, trees, sea or hall."
     H, W = out.shape[:2]

@@ -94,15 +94,16 @@ def _work():
         try: out.write(base64.b64encode(pickle.dumps(got)) + b"\n"); out.flush()
         except BrokenPipeError: os._exit(1)  # nobody listens any more
 
-# %% ../../nbs/core/worldfiles.ipynb #f6d2229a
+# %% ../../nbs/core/worldfiles.ipynb #92ebd349
 def pick_frames(
-    scene:str, seed:int, # "court" or "street"; of the world
+    scene:str,  # "court" or "street"
+    seed:int,  # of the world
     n:int,  # how many frames
     people:tuple=(3, 20),  # least and most
     size:tuple=(640, 384),  # (w, h) pixels
     min_visible:float=.25,  # as for `labelled`
     gap:int=12,  # frames from one to the next
-): # yields name, image, boxes_xyxy, labels
+):  # yields name, image, boxes_xyxy, labels
     "Every gap-th frame of a world that has something to show."
     rng = np.random.default_rng([seed, 5])
     crowd = int(rng.integers(people[0], people[1] + 1))
@@ -116,7 +117,9 @@ def pick_frames(
         n, due = n - 1, due + gap
         if not n: return
 
-def world_name(world) -> str:  # a World
+def world_name(
+    world,  # a World
+) -> str:
     "The name of a world's camera, as files bear it."
     if world.name == "street": return (
         f"{world.camera_name}_{world.time_of_day}")
