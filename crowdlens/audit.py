@@ -108,7 +108,7 @@ class Audit:
             "flaw", "file", "line", "detail")))))
         return {k: c[k] for k in FLAWS if c[k]}
 
-# %% ../nbs/01_audit.ipynb #00913f23
+# %% ../nbs/01_audit.ipynb #ffe7a49f
 def _flaws_of(ixs, scans, near_bits):
     "All flaws of a set in the order of splits, files, lines."
     parts = [ix.flaws for ix in ixs]+[repeated_rows(ix) for ix in ixs]
@@ -123,6 +123,7 @@ def _flaws_of(ixs, scans, near_bits):
     return t.take(pc.sort_indices(keys, [(k, "ascending") for k in "sflk"])
                   ).combine_chunks()
 
+# %% ../nbs/01_audit.ipynb #050dc5ae
 @patch
 def whole(self:Audit) -> tuple: # Boxes; table of images
     "All splits as one; an image that two splits name is in it once."
@@ -139,6 +140,7 @@ def whole(self:Audit) -> tuple: # Boxes; table of images
     b = b.of(to[b.image] >= 0)
     return Boxes(to[b.image], b.cls, b.xywh, b.size[first]), ims.take(first)
 
+# %% ../nbs/01_audit.ipynb #d8cb8308
 def audit(root, # folder or yaml of a YOLO set, of any name
           pixels:bool=True,  # decode every image
           out:str="",  # where `.cache` lies, as for `files.out_dir`
@@ -290,7 +292,7 @@ def sheets(self:Audit, n:int=16, seed:int=0) -> dict: # images a sheet
         4, (240, 160) if k == "overview" else (320, 240))
         for k, at in picks.items() if len(at)}
 
-# %% ../nbs/01_audit.ipynb #54a7bbdc
+# %% ../nbs/01_audit.ipynb #b983c77c
 def fix(root, dst, # a YOLO set, or its Audit; a new folder
         images:str="none",  # "none", or "symlink": the copy is a whole set
         out:str="",  # where `.cache` lies
@@ -315,6 +317,7 @@ def fix(root, dst, # a YOLO set, or its Audit; a new folder
     return clean_labels(dst, [(n, ys.path(n)) for n in names], bad, rules,
                         _polygons(ixs), lost, extra)
 
+# %% ../nbs/01_audit.ipynb #5337c639
 def _polygons(ixs):
     "Label file -> lines that are polygons."
     got = {}
@@ -396,7 +399,7 @@ def advice(a:Audit, cfg) -> list: # an Audit, a Config -> (text, kind)
         "without that.", "bad"))
     return got
 
-# %% ../nbs/01_audit.ipynb #a062dec3
+# %% ../nbs/01_audit.ipynb #a859d94f
 _ROWS = dict(images="images", label_files="… with a label file",
     boxes="boxes", boxes_per_image="boxes an image, mean",
     boxes_per_image_p05="… 5 % have at most",
@@ -414,6 +417,7 @@ _ROWS = dict(images="images", label_files="… with a label file",
     poses="rows with key points", with_confidence="rows with confidence",
     flaws="flaws")
 
+# %% ../nbs/01_audit.ipynb #54e0956d
 def build_report(a:Audit, cfg, charts:dict, sheets:dict, # name -> picture
                  check:dict|None=None,  # from `missed`
     ) -> Report:
@@ -444,6 +448,7 @@ def build_report(a:Audit, cfg, charts:dict, sheets:dict, # name -> picture
         r.heading(f"Pictures: {k}").picture(im, alt=k)
     return r
 
+# %% ../nbs/01_audit.ipynb #20e84b7d
 def _split_rows(a):
     "A row a figure, a column a split."
     m = a.metrics; sp = [s for s in a.splits if f"{s}/images" in m]

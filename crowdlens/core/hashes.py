@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'BadImage', 'decode_gray', 'dhash', 'distance', 'Scan', 'scan', 'first_of', 'match', 'clusters']
 
-# %% ../../nbs/core/hashes.ipynb #11565a32
+# %% ../../nbs/core/hashes.ipynb #654b2ee3
 import hashlib,io,os,warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ def _range(a):
     a = a.astype(np.float32); lo, hi = np.nanmin(a), np.nanmax(a)
     return ((np.nan_to_num(a)-lo)*(255/max(hi-lo, 1e-9))).astype(np.uint8)
 
-# %% ../../nbs/core/hashes.ipynb #cb54134f
+# %% ../../nbs/core/hashes.ipynb #beae0c65
 _TURN = {3: (cv2.ROTATE_180, 0), 4: (None, 1), 6: (cv2.ROTATE_90_CLOCKWISE, 0),
     8: (cv2.ROTATE_90_COUNTERCLOCKWISE, 0), 2: (None, 2), 5: (
     cv2.ROTATE_90_CLOCKWISE, 2), 7: (cv2.ROTATE_90_COUNTERCLOCKWISE, 2)}
@@ -83,10 +83,10 @@ def dhash(gray,  # (H,W) uint8, brightness
           exif:int=1,  # EXIF orientation, applied before hashing
     ) -> np.ndarray:  # (4,) uint64
     "256 bits: is a cell brighter than its right neighbour."
-    h, w = gray.shape
-    k = min(h//192, w//192)  # a quick shrink first: whole blocks of pixels
-    if k > 1: gray = cv2.resize(gray[:h//k*k, :w//k*k], (w//k, h//k),
-                                interpolation=cv2.INTER_AREA)
+    while min(gray.shape) >= 256:  # halving is the fastest shrink there is
+        h, w = gray.shape[0]//2, gray.shape[1]//2
+        gray = cv2.resize(gray[:2*h, :2*w], (w, h),
+                          interpolation=cv2.INTER_AREA)
     if exif in _TURN:
         turn, flip = _TURN[exif]
         if turn is not None: gray = cv2.rotate(gray, turn)
@@ -99,7 +99,7 @@ def distance(a, b):  # (..., 4) uint64 each
     "In how many of 256 bits two hashes differ."
     return np.bitwise_count(np.asarray(a) ^ np.asarray(b)).sum(-1, dtype=int)
 
-# %% ../../nbs/core/hashes.ipynb #2492a70b
+# %% ../../nbs/core/hashes.ipynb #ec852acf
 @dataclass
 class Scan:
     "What the contents of files say, a row each."
@@ -123,6 +123,7 @@ def _scan_one(path, exif):
     except Exception as e:  # a decoder's own fault must not end the audit
         return body, none, "truncated_image", f"{type(e).__name__}: {e}"
 
+# %% ../../nbs/core/hashes.ipynb #46caf500
 def scan(paths, exif=None, # N paths; (N,) int EXIF orientation
          workers:int=0,  # threads; 0: one a core
          step=None,  # called with the number of files done, now and then

@@ -75,7 +75,7 @@ def clean_text(data:bytes, # a label file
             if rules.text and f in head]
     return b"".join(out), log
 
-# %% ../../nbs/core/yolo_fix.ipynb #b6f265db
+# %% ../../nbs/core/yolo_fix.ipynb #29b76233
 def clean_labels(dst, labels, flaws:dict, # new folder; (name, path) of files
     rules:Rules, polygons:dict|None=None,  # name -> lines that are polygons
     orphans=(),  # names of label files without an image
@@ -106,6 +106,7 @@ def clean_labels(dst, labels, flaws:dict, # new folder; (name, path) of files
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return log
 
+# %% ../../nbs/core/yolo_fix.ipynb #e61f7ad9
 _LOG = ("file", "line", "change", "flaw", "before", "after")
 
 def place(top, name:str) -> Path: # a folder; a name from a set's tables

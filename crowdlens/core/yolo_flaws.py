@@ -82,7 +82,7 @@ def _keep(folder, rows:dict, name=""):
     with atomic(folder/f"{name or uuid.uuid4().hex}.feather") as tmp:
         feather.write_feather(t, tmp, compression="uncompressed")
 
-# %% ../../nbs/core/yolo_flaws.ipynb #d4e3c8b4
+# %% ../../nbs/core/yolo_flaws.ipynb #ebf6526f
 def contents(ix, # an Index
              out:str="",  # as for `files.out_dir`
              workers:int=0,  # threads; 0: one a core
@@ -91,7 +91,7 @@ def contents(ix, # an Index
              batch:int=512,  # images between two looks at the clock
     ) -> Scan:
     "What the image files of a split hold; see `hashes.scan`."
-    key = hashlib.sha256(f"1 {ix.set.root} {ix.split}".encode(
+    key = hashlib.sha256(f"2 {ix.set.root} {ix.split}".encode(
         "utf-8", "surrogateescape")).hexdigest()[:24]
     folder = cache_dir(out)/"contents"/key
     keys = list(zip(*(ix.images[k].to_pylist() for k in (
@@ -120,7 +120,7 @@ def contents(ix, # an Index
     return Scan(h[:, :2], h[:, 2:], flaw == "", flaw, np.array(
         [known[k][2] for k in keys], dtype=object))
 
-# %% ../../nbs/core/yolo_flaws.ipynb #f560df38
+# %% ../../nbs/core/yolo_flaws.ipynb #0a5263c9
 def content_flaws(ixs, scans, # indexes of all splits; what their files hold
                   near_bits:int=10,  # of 256, for the same picture
     ) -> pa.Table:  # flaws
@@ -152,6 +152,7 @@ def content_flaws(ixs, scans, # indexes of all splits; what their files hold
         f"{far[i]} of 256 bits from {files[near[i]]}", far[i])
     return flaw_table(rows)
 
+# %% ../../nbs/core/yolo_flaws.ipynb #0a2e9993
 def _twin(file, first, split):
     "In words: the same file again, or another one of equal bytes."
     return (f"the same file is in {split}" if file == first else
