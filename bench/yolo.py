@@ -56,12 +56,15 @@ def make_set(root, n, k, size=(640, 360), distinct=16, seed=0):
     pics = [cv2.imencode(".jpg", cv2.GaussianBlur(rng.integers(
         0, 256, (size[1], size[0], 3), np.uint8), (0, 0), 3))[1].tobytes()
         for _ in range(distinct)]
-    for i in range(n):
+    texts = []
+    for i in range(min(n, 10_000)):
         wh = rng.uniform(.01, .1, (k, 2))
         c = rng.uniform(.06, .94, (k, 2))
         rows = zip(rng.integers(0, 2, k), *c.T, *wh.T)
-        (root / f"labels/train/{i:06d}.txt").write_text("".join(
-            f"{q} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for q, x, y, w, h in rows))
+        texts.append("".join(f"{q} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n"
+                             for q, x, y, w, h in rows).encode())
+    for i in range(n):
+        (root / f"labels/train/{i:06d}.txt").write_bytes(texts[i % len(texts)])
         (root / f"images/train/{i:06d}.jpg").write_bytes(pics[i % distinct])
     (root / "data.yaml").write_text(
         "path: .\ntrain: images/train\nval: images/train\n"
@@ -188,8 +191,8 @@ def main():
              "ultralytics", "index", "audit", "convert", "bare", "reopen",
              "bare_labels", "reopen", "globox", "script", "supervision"]
     if a.full:
-        order = ["bare", "index", "reopen", "reopen", "convert", "audit",
-                 "hotcoco", "bare"]
+        order = ["bare", "index", "reopen", "convert", "bare", "index",
+                 "reopen", "convert", "hotcoco", "audit"]
     else:
         order += ["decode", "audit_pixels"] * 2
     if a.sides:
