@@ -207,8 +207,11 @@ def _rows(ixs):
     return dict(zip(("rows", "with_confidence", "polygons", "poses"),
                     c.tolist()))
 
-# %% ../nbs/01_audit.ipynb #f319461d
-def missed(got, planted) -> dict: # a table of flaws; list of Planted
+# %% ../nbs/01_audit.ipynb #887d46ba
+def missed(
+    got,  # a table of flaws
+    planted,  # list of Planted
+) -> dict:
     "What was planted and not found, and found and not planted."
     def key(*a): return " · ".join(map(str, a))
     a = Counter(key(p.flaw, p.file, p.line) for p in planted)
@@ -292,12 +295,14 @@ def sheets(self:Audit, n:int=16, seed:int=0) -> dict: # images a sheet
         4, (240, 160) if k == "overview" else (320, 240))
         for k, at in picks.items() if len(at)}
 
-# %% ../nbs/01_audit.ipynb #b983c77c
-def fix(root, dst, # a YOLO set, or its Audit; a new folder
-        images:str="none",  # "none", or "symlink": the copy is a whole set
-        out:str="",  # where `.cache` lies
-        **options,  # of yolo_fix.Rules: drop, clip, dedupe, near, …
-    ) -> list[dict]:  # a row a change, as in log.csv
+# %% ../nbs/01_audit.ipynb #9422515e
+def fix(
+    root,  # a YOLO set, or its Audit
+    dst,  # a new folder
+    images:str="none",  # "none", or "symlink": the copy is a whole set
+    out:str="",  # where `.cache` lies
+    **options,  # of yolo_fix.Rules: drop, clip, dedupe, near, …
+) -> list[dict]:  # a row a change, as in log.csv
     "Write a cleaned copy of the labels of the set `root` to `dst`."
     if images not in ("none", "symlink"): raise InputError(
         f"images={images!r}: should be none or symlink")
@@ -337,13 +342,17 @@ def _link(ixs, dst):
             paths.append(to); splits.append(ix.split or "train")
     write_lists(dst, paths, splits, ixs[0].names)
 
-# %% ../nbs/01_audit.ipynb #d210a6ac
-def split(root, dst, # a YOLO set; a folder for the lists
-          shares:dict|None=None,  # split -> share; None: 80, 10, 10 %
-          pattern:str=BEFORE_NUMBER,  # camera, in a file's name; "": not used
-          near:bool=True,  # keep together what looks alike
-          seed:int=0, out:str="", near_bits:int=10,  # as for `audit`
-    ) -> dict:
+# %% ../nbs/01_audit.ipynb #772e3c3e
+def split(
+    root,  # a YOLO set
+    dst,  # a folder for the lists
+    shares:dict|None=None,  # split -> share; None: 80, 10, 10 %
+    pattern:str=BEFORE_NUMBER,  # camera, in a file's name; "": not used
+    near:bool=True,  # keep together what looks alike
+    seed:int=0,
+    out:str="",
+    near_bits:int=10,  # as for `audit`
+) -> dict:
     "Write train.txt, val.txt, test.txt and data.yaml; groups stay whole."
     ys = read_set(root); ixs = [index(ys, s, out=out) for s in ys.splits]
     files = [(ix, f) for ix in ixs for f in ix.images["file"].to_pylist()]
@@ -507,7 +516,7 @@ class _Bar:
         self.bar.update(done-self.bar.n)
     def __exit__(self, *e): self.bar is None or self.bar.close()
 
-# %% ../nbs/01_audit.ipynb #7ffa68e7
+# %% ../nbs/01_audit.ipynb #64bb9c13
 def _write(r, cfg, a, check):
     "All products of a run; its result."
     made = write_flaws(a.flaws, r.folder)
@@ -536,7 +545,10 @@ def _cleaned(r, cfg, a):
     r.log(f"cleaned labels: {len(log):,} changes, see cleaned/log.csv")
     return to
 
-def write_flaws(flaws:pa.Table, folder) -> dict: # table of flaws; a folder
+def write_flaws(
+    flaws:pa.Table,  # table of flaws
+    folder,  # a folder
+) -> dict:
     "Write flaws.parquet and flaws.csv; name -> file."
     folder = Path(folder)
     with atomic(folder/"flaws.parquet") as tmp: pq.write_table(flaws, tmp,

@@ -52,7 +52,7 @@ def augment(pipe:A.Compose, # from `make_augment`
     return (got["image"], np.asarray(got["bboxes"], np.float32
             ).reshape(-1, 4), np.asarray(got["which"], np.int64))
 
-# %% ../../nbs/core/augmentation.ipynb #971ffcdb
+# %% ../../nbs/core/augmentation.ipynb #a86d7c6a
 class DetItems:
     "Pictures of a data set on the canvas, with their boxes."
     def __init__(self, data:DetData, box:Letterbox, # canvas and its rule
@@ -62,7 +62,10 @@ class DetItems:
 
     def __len__(self): return len(self.data)
 
-    def __getitem__(self, key):  # an image, or (epoch, image)
+    def __getitem__(
+        self,
+        key,  # an image, or (epoch, image)
+    ):
         "One image: canvas, boxes, labels, and how to get back."
         epoch, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self): raise IndexError(i)
@@ -83,8 +86,10 @@ def _fractions(boxes_xyxy, canvas):
     c = np.concatenate([b[:, :2] + b[:, 2:], 2*(b[:, 2:] - b[:, :2])], 1)/2
     return (c/[w, h, w, h]).astype(np.float32)
 
-# %% ../../nbs/core/augmentation.ipynb #9e1e11e4
-def collate(items:list[dict]) -> dict:  # of `DetItems`
+# %% ../../nbs/core/augmentation.ipynb #106ecf65
+def collate(
+    items:list[dict],  # of `DetItems`
+) -> dict:
     "A batch: pictures stacked as a uint8 tensor, all else as lists."
     import torch
     out = {k: [it[k] for it in items] for k in ("image_id", "index", "place")}

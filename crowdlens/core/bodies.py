@@ -6,7 +6,7 @@
 __all__ = ['CARS', 'LIVERY', 'CLOTH', 'SKIN', 'HAIR', 'NP', 'NC', 'pick', 'add_prism', 'add_capsule', 'set_paint', 'car', 'bus',
            'truck', 'walker', 'bike', 'build', 'draw_body', 'shadow_body']
 
-# %% ../../nbs/core/bodies.ipynb #37261a3b
+# %% ../../nbs/core/bodies.ipynb #32ea2f85
 import math
 import numpy as np
 from .compiled import njit
@@ -41,15 +41,20 @@ def pick(
     "A row of a table, the same for the same integers."
     return table[int(hash01(seed, g, k)*len(table))]
 
-# %% ../../nbs/core/bodies.ipynb #95201c4a
+# %% ../../nbs/core/bodies.ipynb #3946aeb2
 NP, NC = 6, 20
 
 @njit(cache=True)
 def add_prism(
-    V, K, n, # (NP, 16, 3) corners, (NP,) profile corners, prisms so far
-    prof, half, # (k, 2) profile x, z; (k,) half widths
-    x, y, h, # where the body stands, metres, and its heading, radians
-): # n + 1
+    V,
+    K,
+    n,  # (NP, 16, 3) corners, (NP,) profile corners, prisms so far
+    prof,  # (k, 2) profile x, z
+    half,  # (k,) half widths
+    x,
+    y,
+    h,  # where the body stands, metres, and its heading, radians
+):  # n + 1
     "Put one prism into a body."
     k = len(prof)
     c, s = math.cos(h), math.sin(h)
@@ -76,8 +81,14 @@ def add_capsule(
 
 @njit(cache=True)
 def set_paint(
-    P, kind, a, b, # (16,) row; kind of paint; colour; second colour
-    length, width, height, more=0., # metres; what the kind needs
+    P,  # (16,) row
+    kind,  # kind of paint
+    a,  # colour
+    b,  # second colour
+    length,
+    width,
+    height,
+    more=0.,  # metres; what the kind needs
 ):
     "Fill a paint row."
     P[0] = kind

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['LabelMap', 'read_coco', 'annotations_json', 'coco_chunks', 'write_coco']
 
-# %% ../../nbs/core/coco.ipynb #f87d7a5b
+# %% ../../nbs/core/coco.ipynb #c7e86f91
 import difflib,math
 from dataclasses import dataclass
 from pathlib import Path
-from .compiled import nb
+from .compiled import njit
 import numpy as np
 import orjson
 from fastcore.basics import patch
 from .class_names import COCO_IDS,COCO_NAMES,OBJECTS365_NAMES
 from .files import InputError,atomic
 
-# %% ../../nbs/core/coco.ipynb #7d8da00f
+# %% ../../nbs/core/coco.ipynb #2a60e120
 @dataclass(frozen=True)
 class LabelMap:
     "Categories of a file; labels 0..C-1 are places in it."
@@ -24,7 +24,10 @@ class LabelMap:
     names:tuple  # their names
 
     @classmethod
-    def make(cls, names): # a list, an id -> name mapping, or COCO's categories
+    def make(
+        cls,
+        names,  # a list, an id -> name mapping, or COCO's categories
+    ):
         "A map from any of the usual ways to write down classes."
         if isinstance(names, LabelMap): return names
         if isinstance(names, str): return cls.known(names)
@@ -36,7 +39,10 @@ class LabelMap:
         return cls(tuple(k for k,_ in pairs), tuple(v for _,v in pairs))
 
     @classmethod
-    def known(cls, name:str): # "coco" or "objects365"
+    def known(
+        cls,
+        name:str,  # "coco" or "objects365"
+    ):
         "The classes of a well-known data set, with its own ids."
         if name == "coco": return cls(COCO_IDS, COCO_NAMES)
         if name == "objects365": return cls(tuple(range(1, 366)),
@@ -51,7 +57,7 @@ class LabelMap:
         return [dict(id=i, name=n, supercategory="")
                 for i,n in zip(self.ids, self.names)]
 
-# %% ../../nbs/core/coco.ipynb #176efd8d
+# %% ../../nbs/core/coco.ipynb #639dc368
 @patch
 def label(self:LabelMap, cls) -> int: # a name or an id
     "The label of a class."
@@ -68,7 +74,10 @@ def label(self:LabelMap, cls) -> int: # a name or an id
             f"{i} {n}" for i,n in zip(self.ids[:12], self.names)))
 
 @patch
-def to_labels(self:LabelMap, ids) -> np.ndarray: # category ids
+def to_labels(
+    self:LabelMap,
+    ids,  # category ids
+) -> np.ndarray:
     "Labels of file ids; `InputError` for an id that the map lacks."
     ids, have = np.asarray(ids, np.int64), np.array(self.ids, np.int64)
     if not len(have): have = np.array([-1])
@@ -79,7 +88,10 @@ def to_labels(self:LabelMap, ids) -> np.ndarray: # category ids
     return at
 
 @patch
-def to_ids(self:LabelMap, labels) -> np.ndarray: # 0..C-1
+def to_ids(
+    self:LabelMap,
+    labels,  # 0..C-1
+) -> np.ndarray:
     "File ids of labels."
     return np.array(self.ids, np.int64)[np.asarray(labels, np.int64)]
 
@@ -145,8 +157,8 @@ def _check_box(a, path):
         f"{a['bbox']!r}", path, fix="a bbox is [x, y, width, height], pixels")
     a.setdefault("area", w*h); a.setdefault("iscrowd", 0)
 
-# %% ../../nbs/core/coco.ipynb #478992ee
-_jit = nb.njit(nogil=True, cache=True, boundscheck=False)
+# %% ../../nbs/core/coco.ipynb #200e3fb3
+_jit = njit(nogil=True, cache=True, boundscheck=False)
 
 @_jit
 def _whole(b, i, n):

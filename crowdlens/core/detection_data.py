@@ -15,7 +15,7 @@ from .files import InputError,read_json,safe_join
 from .images import read_image
 from .yolo import index
 
-# %% ../../nbs/core/detection_data.ipynb #a8176266
+# %% ../../nbs/core/detection_data.ipynb #da278e9f
 @dataclass
 class DetData:
     "Images and their boxes."
@@ -39,15 +39,21 @@ class DetData:
     @property
     def ids(self) -> list: return sorted(self.names)  # label -> category id
 
-    def rows(self, i:int) -> slice:  # which image, from 0
+    def rows(
+        self,
+        i:int,  # which image, from 0
+    ) -> slice:
         "Where the boxes of image `i` are."
         return slice(self.start[i], self.start[i+1])
 
-    def image(self, i:int) -> np.ndarray:  # (H,W,3) uint8, RGB
+    def image(
+        self,
+        i:int,  # (H,W,3) uint8, RGB
+    ) -> np.ndarray:
         "The pixels of image `i`, upright."
         return read_image(self.files[i])
 
-# %% ../../nbs/core/detection_data.ipynb #a9ca492b
+# %% ../../nbs/core/detection_data.ipynb #87b00971
 @patch
 def objects(self:DetData, i:int):  # boxes_xyxy (n,4) pixels, labels (n,)
     "Boxes of image `i` and their labels 0..C-1."
@@ -62,7 +68,10 @@ def counts(self:DetData) -> np.ndarray:  # (n,) objects of each image
     return at[self.start[1:]] - at[self.start[:-1]]
 
 @patch
-def take(self:DetData, rows):  # numbers of images
+def take(
+    self:DetData,
+    rows,  # numbers of images
+):
     "Those images alone, in that order."
     rows = np.asarray(rows, np.int64)
     n = np.diff(self.start)[rows]

@@ -8,12 +8,12 @@ __all__ = ['CONF', 'wbf', 'nms', 'fuse', 'join_names', 'camera', 'pseudo_labels'
 # %% ../../nbs/core/fusion.ipynb #dbfd6104
 import os,re
 from concurrent.futures import ThreadPoolExecutor
-from .compiled import nb
+from .compiled import njit
 import numpy as np
 from .files import InputError
 
 # %% ../../nbs/core/fusion.ipynb #2087faa2
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _nearest(fused, n, b):
     "The fused box of largest overlap with `b` and that overlap."
     at, best = -1, -1.
@@ -30,7 +30,7 @@ def _nearest(fused, n, b):
     return at, best
 
 # %% ../../nbs/core/fusion.ipynb #ac0638e9
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _cluster(boxes, scores, weights, thr, by_max, fused, conf, size, total,
              member):
     "Fused boxes of one class into `fused`, `conf`, …; returns how many."
@@ -58,7 +58,7 @@ def _cluster(boxes, scores, weights, thr, by_max, fused, conf, size, total,
     return n
 
 # %% ../../nbs/core/fusion.ipynb #d454e59e
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _heaps(start, boxes, scores, weights, thr, by_max, fused, conf, size,
            total, member, count, lo, hi):
     "`_cluster` for heaps lo..hi."
@@ -186,7 +186,7 @@ def wbf(boxes_list,  # a model each: (n,4) xyxy, 0..1
             names[np.argsort(first)][key][back].astype(np.float64))
 
 # %% ../../nbs/core/fusion.ipynb #cbbe9f49
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _suppress(start, boxes, thr):
     "(n,) bool: boxes that no better one of their heap covers."
     keep = np.ones(len(boxes), np.bool_)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'BadImage', 'decode_gray', 'dhash', 'distance', 'Scan', 'scan', 'first_of', 'match', 'clusters']
 
-# %% ../../nbs/core/hashes.ipynb #654b2ee3
+# %% ../../nbs/core/hashes.ipynb #6d4cd6d8
 import hashlib,io,os,warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import cv2
-from .compiled import nb
+from .compiled import nb,njit
 import numpy as np
 import simplejpeg
 from PIL import Image
@@ -123,11 +123,13 @@ def _scan_one(path, exif):
     except Exception as e:  # a decoder's own fault must not end the audit
         return body, none, "truncated_image", f"{type(e).__name__}: {e}"
 
-# %% ../../nbs/core/hashes.ipynb #46caf500
-def scan(paths, exif=None, # N paths; (N,) int EXIF orientation
-         workers:int=0,  # threads; 0: one a core
-         step=None,  # called with the number of files done, now and then
-    ) -> Scan:
+# %% ../../nbs/core/hashes.ipynb #21ea3cf5
+def scan(
+    paths,  # N paths
+    exif=None,  # (N,) int EXIF orientation
+    workers:int=0,  # threads; 0: one a core
+    step=None,  # called with the number of files done, now and then
+) -> Scan:
     "Read, hash and decode every file once."
     paths = list(paths); n = len(paths)
     exif = [1]*n if exif is None else [int(e) for e in exif]
@@ -158,8 +160,8 @@ def first_of(content,  # (N,2) uint64
     got = first[inv]
     return got if valid is None else np.where(valid, got, me)
 
-# %% ../../nbs/core/hashes.ipynb #ad3916be
-@nb.njit(nb.int64(nb.uint64), cache=True, inline="always")
+# %% ../../nbs/core/hashes.ipynb #2bf251f7
+@njit(nb.int64(nb.uint64), cache=True, inline="always")
 def _ones(x):
     "How many bits of a 64-bit word are set."
     x = x-((x >> nb.uint64(1)) & nb.uint64(0x5555555555555555))
@@ -168,7 +170,7 @@ def _ones(x):
     x = (x+(x >> nb.uint64(4))) & nb.uint64(0x0F0F0F0F0F0F0F0F)
     return nb.int64((x*nb.uint64(0x0101010101010101)) >> nb.uint64(56))
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _nearest(looks, ends, limit, lo, hi, best, far):
     "Rows lo..hi: the nearest of rows 0..ends[i], at most `limit` bits away."
     for i in range(lo, hi):
@@ -180,9 +182,11 @@ def _nearest(looks, ends, limit, lo, hi, best, far):
                 if d >= far[i]: break
             if d < far[i]: far[i], best[i] = d, j
 
-def match(looks, group, # (N,4) uint64; (N,) int, -1: take no part
-          limit:int=10,  # bits of 256 that may differ
-    ) -> tuple:  # (N,) int index or -1; (N,) int distance
+def match(
+    looks,  # (N,4) uint64
+    group,  # (N,) int, -1: take no part
+    limit:int=10,  # bits of 256 that may differ
+) -> tuple:  # (N,) int index or -1; (N,) int distance
     "The nearest picture of an earlier group for each picture, if any is near."
     group = np.asarray(group); n = len(group)
     part = np.argsort(group, kind="stable"); part = part[group[part] >= 0]
@@ -197,15 +201,15 @@ def match(looks, group, # (N,4) uint64; (N,) int, -1: take no part
     best[part], far[part] = np.where(b < 0, -1, part[b] if m else b), f
     return best, far
 
-# %% ../../nbs/core/hashes.ipynb #4ffaa690
-@nb.njit(cache=True)
+# %% ../../nbs/core/hashes.ipynb #9f51f772
+@njit(cache=True)
 def _root(parent, i):
     "The representative of `i`, its path made shorter on the way."
     while parent[i] != i:
         parent[i] = parent[parent[i]]; i = parent[i]
     return i
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _join_near(looks, use, limit, parent):
     "Join all pairs that differ in at most `limit` bits."
     n = len(looks)

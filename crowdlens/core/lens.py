@@ -6,7 +6,7 @@
 __all__ = ['look_at', 'project_point', 'pixel_ray', 'project_many', 'ray_many', 'Pinhole', 'Fisheye', 'sample_edge',
            'outline_box', 'reproject', 'warp_map', 'warp_boxes', 'roll']
 
-# %% ../../nbs/core/lens.ipynb #733245cc
+# %% ../../nbs/core/lens.ipynb #dd5177d5
 import math
 from dataclasses import dataclass, field, replace
 import numpy as np
@@ -186,7 +186,7 @@ def outline_box(
     if not len(uv): return np.full(4, np.nan)
     return np.r_[uv.min(0), uv.max(0)]
 
-# %% ../../nbs/core/lens.ipynb #d551cec2
+# %% ../../nbs/core/lens.ipynb #fbc18986
 def reproject(
     uv, # (..., 2) pixels of `src`
     src, dst, # cameras, taken to stand in the same place
@@ -200,8 +200,9 @@ def reproject(
     return out
 
 def warp_map(
-    src, dst, # cameras; `dst` with its size
-) -> np.ndarray: # (H, W, 2) float32 x, y to look up, as cv2.remap counts
+    src,  # cameras
+    dst,  # `dst` with its size
+) -> np.ndarray:  # (H, W, 2) float32 x, y to look up, as cv2.remap counts
     "For each pixel of `dst`, where in `src`'s picture it lies; -1: nowhere."
     w, h = dst.size
     uv = np.stack(np.meshgrid(np.arange(w) + .5, np.arange(h) + .5), -1)

@@ -19,7 +19,7 @@ from matplotlib.ticker import (EngFormatter,LogLocator,MaxNLocator,
 from PIL import Image,ImageDraw,ImageFont
 from .files import atomic
 
-# %% ../../nbs/core/plots.ipynb #26d3e2f1
+# %% ../../nbs/core/plots.ipynb #676d0059
 COLORS = dict(person="#1f9bff", head="#ff2e74")
 CYCLE = ["#ff8c1a", "#20b35a", "#9a5cff", "#e6c200", "#00b8b8", "#d9480f",
          "#8fbf26", "#c13fc1", "#4d6cff", "#a0703c"]
@@ -31,7 +31,9 @@ def color(name:str="", # class name; the known ones have their own colour
     "The colour of a class as #rrggbb."
     return COLORS.get(str(name).lower(), CYCLE[index % len(CYCLE)])
 
-def rgb(hex:str) -> tuple:  # #rrggbb
+def rgb(
+    hex:str,  # #rrggbb
+) -> tuple:
     "The colour as three numbers 0..255."
     return tuple(int(hex[i:i+2], 16) for i in (1, 3, 5))
 
@@ -130,7 +132,7 @@ def new_figure(rows=1, cols=1, size=(6, 2.6)): # size: inches
         fig = Figure(figsize=size, layout="constrained", dpi=75)
         return fig, fig.subplots(rows, cols, squeeze=False)
 
-# %% ../../nbs/core/plots.ipynb #726adc63
+# %% ../../nbs/core/plots.ipynb #f3b63edd
 def bin_edges(values, n:int=40, log:bool=False) -> np.ndarray:
     "Edges that hold all finite values; whole numbers where there are few."
     v = np.asarray(values, float); v = v[np.isfinite(v)]
@@ -141,7 +143,9 @@ def bin_edges(values, n:int=40, log:bool=False) -> np.ndarray:
     if np.all(v == np.round(v)) and hi-lo < n: return np.arange(lo, hi+2)-.5
     return np.linspace(lo, hi if hi > lo else lo+1, n+1)
 
-def histogram(ax, series:dict, # matplotlib axes; name -> values
+def histogram(
+    ax,  # matplotlib axes
+    series:dict,  # name -> values
     xlabel:str="",  # with its unit
     ylabel:str="boxes",  # what is counted
     log:bool=False,  # logarithmic x axis
@@ -196,24 +200,36 @@ def heat_maps(grids:dict, # class name -> (rows, cols) counts
         fig.supylabel("y, share of the height", fontsize=8)
     return fig
 
-# %% ../../nbs/core/plots.ipynb #4bb19dc7
-def to_jpeg(image, quality:int=85) -> bytes:  # (H,W,3) uint8 RGB; 1..100
+# %% ../../nbs/core/plots.ipynb #1056daff
+def to_jpeg(
+    image,  # (H,W,3) uint8 RGB
+    quality:int=85,  # 1..100
+) -> bytes:
     "`image` as JPEG."
     return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality)
 
-def to_png(fig, dpi:int=110) -> bytes:  # a matplotlib Figure
+def to_png(
+    fig,  # a matplotlib Figure
+    dpi:int=110,
+) -> bytes:
     "`fig` as PNG."
     with io.BytesIO() as f:
         fig.savefig(f, format="png", dpi=dpi)
         return f.getvalue()
 
-def to_bytes(pic, ext:str=".jpg") -> bytes:  # a Figure or an RGB array
+def to_bytes(
+    pic,  # a Figure or an RGB array
+    ext:str=".jpg",
+) -> bytes:
     "`pic` in the form that `ext` (.png, .jpg) names."
     if isinstance(pic, Figure): return to_png(pic)
     if ext.lower() in (".jpg", ".jpeg"): return to_jpeg(pic)
     with io.BytesIO() as f:
         Image.fromarray(pic).save(f, "png"); return f.getvalue()
 
-def save(path, pic):  # .png or .jpg; a Figure or an RGB array
+def save(
+    path,  # .png or .jpg
+    pic,  # a Figure or an RGB array
+):
     "Write `pic` to `path`, whole or not at all."
     with atomic(path) as tmp: tmp.write_bytes(to_bytes(pic, Path(path).suffix))

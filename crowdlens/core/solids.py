@@ -7,7 +7,7 @@ __all__ = ['Canvas', 'LIGHT', 'PAINT', 'canvas', 'prism', 'place', 'prism_faces'
            'grow', 'edge_box', 'claim', 'put', 'draw_prism', 'ball_box', 'draw_capsule', 'shadow_prism',
            'shadow_capsule']
 
-# %% ../../nbs/core/solids.ipynb #9b214056
+# %% ../../nbs/core/solids.ipynb #c6608ff1
 import math
 from collections import namedtuple
 import numpy as np
@@ -130,13 +130,18 @@ LIGHT = ("sun_x sun_y sun_z sun_r sun_g sun_b sky_r sky_g sky_b "
 PAINT = ("plain car cabin bus truck cargo house tarp scooter "
          "van").split()  # kinds of paint, by number
 
-# %% ../../nbs/core/solids.ipynb #06fbcacc
+# %% ../../nbs/core/solids.ipynb #7b2c7a89
 @njit(cache=True)
 def shade(
-    r, g, b, # colour, 0..1
-    nx, ny, nz, # unit normal
-    L, lit, # light array; share of the sun that arrives, 0..1
-): # r, g, b lit
+    r,
+    g,
+    b,  # colour, 0..1
+    nx,
+    ny,
+    nz,  # unit normal
+    L,  # light array
+    lit,  # share of the sun that arrives, 0..1
+):  # r, g, b lit
     "Colour of a matt surface."
     s = max(0., nx*L[0] + ny*L[1] + nz*L[2])*lit
     u, d = .5 + .5*nz, .5 - .5*nz
@@ -347,13 +352,20 @@ def _window(cv, box):
             max(int(math.floor(box[0] - 1)), -cv.pad),
             min(int(math.ceil(box[2] + 1)), W + cv.pad))
 
-# %% ../../nbs/core/solids.ipynb #0a80d2bf
+# %% ../../nbs/core/solids.ipynb #9a82e6b8
 @njit(cache=True)
 def draw_prism(
-    cv, V, # canvas; (2K, 3) corners in the world
-    ox, oy, oz, heading, # the object's own axes in the world
-    mat, L, lit, # paint (16,), light (13,), share of sun
-    oid, box, # object number; its (10,) box, widened here
+    cv,  # canvas
+    V,  # (2K, 3) corners in the world
+    ox,
+    oy,
+    oz,
+    heading,  # the object's own axes in the world
+    mat,
+    L,
+    lit,  # paint (16,), light (13,), share of sun
+    oid,  # object number
+    box,  # its (10,) box, widened here
 ):
     "Draw one convex prism."
     n, c = prism_faces(V)

@@ -51,12 +51,24 @@ def draw_camera(
     c = (w/2 + rng.normal()*.008*w, h/2 + rng.normal()*.008*h)
     return Fisheye(r/t, c, roll @ pose, tuple(size), t)
 
-# %% ../../nbs/core/street.ipynb #2615a7b9
+# %% ../../nbs/core/street.ipynb #3b124c2e
 @njit(cache=True)
 def paint_ground(
-    cv, ground, shade, # canvas; (H, W, 2) metres, filled here; (H, W)
-    L, sky, haze, lamps, # light; lamps (n, 3)
-    h0, h1, l0, l1, arms, seed, style, share, # site; (H, W) filled here
+    cv,  # canvas
+    ground,  # (H, W, 2) metres, filled here
+    shade,  # (H, W)
+    L,
+    sky,
+    haze,
+    lamps,  # light; lamps (n, 3)
+    h0,
+    h1,
+    l0,
+    l1,
+    arms,
+    seed,
+    style,
+    share,  # site; (H, W) filled here
 ):
     "Sky and ground, lit and shaded."
     H, W = shade.shape

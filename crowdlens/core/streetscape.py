@@ -262,10 +262,11 @@ def lamp(
             post(tip, (tip[0] + .5*tx, tip[1] + .5*ty, 8.), .12, .1,
                  (.75, .75, .7))], tip
 
-# %% ../../nbs/core/streetscape.ipynb #defb5726
+# %% ../../nbs/core/streetscape.ipynb #514afadd
 def houses(
-    plan:Plan, rng, # streets; numpy Generator
-) -> list: # rows of Furniture.prisms
+    plan:Plan,  # streets
+    rng,  # numpy Generator
+) -> list:  # rows of Furniture.prisms
     "Rows of houses along the pavements of the four quarters."
     out = []
     for sx in (-1, 1):

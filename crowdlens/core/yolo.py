@@ -120,7 +120,7 @@ def _row_flaws(labels, r, b):
         yield (labels[r.file[i]], int(r.line[i]), why, say[why](i),
                float(b.past[i]) if why == "past_edge" else np.nan)
 
-# %% ../../nbs/core/yolo.ipynb #41fcf747
+# %% ../../nbs/core/yolo.ipynb #f71c3568
 @dataclass
 class Index:
     "One split of a YOLO set as tables."
@@ -137,7 +137,10 @@ class Index:
     def __repr__(self): return (f"Index({self.split!r}: {len(self):,} images, "
         f"{len(self.boxes):,} rows, {len(self.flaws):,} flaws)")
 
-    def path(self, i:int) -> Path:  # a row of images
+    def path(
+        self,
+        i:int,  # a row of images
+    ) -> Path:
         "Where image `i` lies."
         return self.set.path(self.images["file"][i].as_py())
 
@@ -270,7 +273,7 @@ def _fresh(old, sc):
         x[i] == y[r] for x,y in zip(a, b)) else -1
         for i,f in enumerate(sc.files)], np.int64).reshape(-1)
 
-# %% ../../nbs/core/yolo.ipynb #6ebb2457
+# %% ../../nbs/core/yolo.ipynb #eac4267f
 def _all(ys, split, sc, writer, workers):
     "Tables of a split that is in no cache."
     keep = {}, []
@@ -299,7 +302,8 @@ def _some(ys, split, sc, writer, workers, old, row):
         if len(new): v[new] = np.concatenate(keep[0][k])
         cols[k] = [v]
     same = {sc.files[i] for i in kept} | {sc.labels[i] for i in kept}
-    flaws = flaws.filter([f in same for f in flaws["file"].to_pylist()])
+    flaws = flaws.filter(pa.array([f in same for f in
+        flaws["file"].to_pylist()], pa.bool_()))
     return writer.finish(_images(sc, cols), pa.concat_tables(
         [flaws, flaw_table(keep[1])]))
 
@@ -359,14 +363,17 @@ def _set_flaws(ys, split, sc, boxes):
         None, ys.name(ys.source), 0, "names_count", f"{n} rows have a class "
         f"up to {cls.max()}, names end at {max(ys.names)}")
 
-# %% ../../nbs/core/yolo.ipynb #fcdc788f
+# %% ../../nbs/core/yolo.ipynb #603201c8
 class YoloCoco:
     "A split of a YOLO set, each image with a COCO-style target."
-    def __init__(self, root, # as for `index`
-                 split=None,  # a split's name; None: the only one
-                 out:str="",  # where the index is kept, as for `index`
-                 transform=None,  # called with (image, target)
-                 index=None):  # an Index that is open already
+    def __init__(
+        self,
+        root,  # as for `index`
+        split=None,  # a split's name; None: the only one
+        out:str="",  # where the index is kept, as for `index`
+        transform=None,  # called with (image, target)
+        index=None,
+    ):  # an Index that is open already
         self.index = index or _index(root, split, out)
         self.transform = transform
         self.rows = np.flatnonzero(self.index.numbers("width", "images") > 0)
@@ -375,7 +382,10 @@ class YoloCoco:
 
     def __len__(self): return len(self.rows)
 
-    def target(self, i:int) -> dict:  # which image, from 0
+    def target(
+        self,
+        i:int,  # which image, from 0
+    ) -> dict:
         "The annotations of image `i`; its id is the one `convert` gives."
         i, ix = int(self.rows[i]), self.index
         w, h = (ix.images[k][i].as_py() for k in ("width", "height"))

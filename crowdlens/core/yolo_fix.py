@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .files import InputError,atomic,show_path
 
-# %% ../../nbs/core/yolo_fix.ipynb #fbcda1ac
+# %% ../../nbs/core/yolo_fix.ipynb #3f288496
 _UNUSABLE = ("wrong_columns", "not_finite", "class_not_integer",
              "class_out_of_range", "zero_size")
 
@@ -25,7 +25,10 @@ class Rules:
     text:bool = True  # to UTF-8, with plain line ends
     orphans:bool = True  # leave out label files without an image
 
-    def row(self, flaws) -> str:  # the flaws of one row
+    def row(
+        self,
+        flaws,  # the flaws of one row
+    ) -> str:
         "The flaw for which the row goes, or an empty text."
         gone = [*_UNUSABLE]*self.drop+["duplicate_row"]*self.dedupe+[
             "near_duplicate_box"]*self.near
@@ -106,10 +109,13 @@ def clean_labels(dst, labels, flaws:dict, # new folder; (name, path) of files
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return log
 
-# %% ../../nbs/core/yolo_fix.ipynb #e61f7ad9
+# %% ../../nbs/core/yolo_fix.ipynb #cfd68644
 _LOG = ("file", "line", "change", "flaw", "before", "after")
 
-def place(top, name:str) -> Path: # a folder; a name from a set's tables
+def place(
+    top,  # a folder
+    name:str,  # a name from a set's tables
+) -> Path:
     "Where the file of that name goes: what lies outside stays inside `top`."
     parts = [p for p in Path(name).parts if p not in ("/", "..", ".")]
     return top.joinpath(*(["outside"] if name.startswith("/") else []), *parts)

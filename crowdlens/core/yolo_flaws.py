@@ -48,8 +48,10 @@ def repeated_rows(ix, # an Index
         in zip(files, lines[bad].tolist(), kind[bad].tolist(),
                lines[of[bad]].tolist()) if (f, l) not in known)
 
-# %% ../../nbs/core/yolo_flaws.ipynb #7938284b
-def unused_names(ixs) -> pa.Table:  # the indexes of all splits
+# %% ../../nbs/core/yolo_flaws.ipynb #9d19be4c
+def unused_names(
+    ixs,  # the indexes of all splits
+) -> pa.Table:
     "Names of the set that no row uses."
     if not ixs: return flaw_table([])
     used = set().union(*(pc.unique(ix.boxes.filter(ix.boxes["ok"])["cls"])
@@ -120,10 +122,12 @@ def contents(ix, # an Index
     return Scan(h[:, :2], h[:, 2:], flaw == "", flaw, np.array(
         [known[k][2] for k in keys], dtype=object))
 
-# %% ../../nbs/core/yolo_flaws.ipynb #0a5263c9
-def content_flaws(ixs, scans, # indexes of all splits; what their files hold
-                  near_bits:int=10,  # of 256, for the same picture
-    ) -> pa.Table:  # flaws
+# %% ../../nbs/core/yolo_flaws.ipynb #1a946458
+def content_flaws(
+    ixs,  # indexes of all splits
+    scans,  # what their files hold
+    near_bits:int=10,  # of 256, for the same picture
+) -> pa.Table:  # flaws
     "Images that do not decode, and images that are there twice."
     n = [len(ix) for ix in ixs]; group = np.repeat(np.arange(len(n)), n)
     files = [f for ix in ixs for f in ix.images["file"].to_pylist()]

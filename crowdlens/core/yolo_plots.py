@@ -117,7 +117,7 @@ def plot_patches(held, # from `yolo_stats.per_patch`
         ax.grid(axis="x", visible=False)
     return fig
 
-# %% ../../nbs/core/yolo_plots.ipynb #e045d487
+# %% ../../nbs/core/yolo_plots.ipynb #8ccc3bf9
 def plot_places(b:Boxes, names:dict) -> Figure|None:
     "Heat maps of box centres of the most frequent classes."
     top = top_classes(b, names, 6)
@@ -128,7 +128,9 @@ def plot_places(b:Boxes, names:dict) -> Figure|None:
     return heat_maps({n: g[k] for k, n in top.items()},
                      min(max(aspect, .6), 2.2))
 
-def shapes(size) -> list[dict]:  # (M,2) width, height
+def shapes(
+    size,  # (M,2) width, height
+) -> list[dict]:
     "Image sizes with their counts and orientation, the most frequent first."
     u, c = np.unique(np.asarray(size).reshape(-1, 2), axis=0,
                      return_counts=True)
@@ -138,8 +140,10 @@ def shapes(size) -> list[dict]:  # (M,2) width, height
                  orientation=lies(*u[i]))
             for i in np.argsort(-c, kind="stable")]
 
-# %% ../../nbs/core/yolo_plots.ipynb #ddecd0bc
-def plot_shapes(rows:list) -> Figure: # from `shapes`
+# %% ../../nbs/core/yolo_plots.ipynb #1054d9d4
+def plot_shapes(
+    rows:list,  # from `shapes`
+) -> Figure:
     "Image sizes as points, as large as they are frequent."
     rows = [r for r in rows if r["width"]]
     fig, ax = new_figure(1, 1, (3.6, 3)); ax = ax[0, 0]
@@ -169,8 +173,11 @@ def pick_pictures(counts, flaws, # (M,) objects, (M,) flaws an image
     return {"most crowded": top(counts), "most flaws": top(flaws),
             "at random": [int(i) for i in some]}
 
-# %% ../../nbs/core/yolo_plots.ipynb #7d4a4fc1
-def fit_in(im, size): # (H,W,3) uint8; width, height of the frame
+# %% ../../nbs/core/yolo_plots.ipynb #28a172ce
+def fit_in(
+    im,  # (H,W,3) uint8
+    size,  # width, height of the frame
+):
     "`im` as large as fits into `size`."
     s = min(size[0]/im.shape[1], size[1]/im.shape[0])
     how = cv2.INTER_AREA if s < 1 else cv2.INTER_LINEAR

@@ -9,13 +9,13 @@ __all__ = ['BOX', 'CONF', 'POLYGON', 'POSE', 'UNKNOWN', 'KINDS', 'REASONS', 'EDG
 # %% ../../nbs/core/yolo_rows.ipynb #f652c0f5
 import math
 from dataclasses import dataclass
-from .compiled import nb
+from .compiled import njit
 import numpy as np
 
 # %% ../../nbs/core/yolo_rows.ipynb #c87e3b97
 _TEN = np.array([10.0**i for i in range(23)])
 _OK, _WORD, _LONG = 0, 1, 2
-_jit = nb.njit(nogil=True, cache=True, boundscheck=False)
+_jit = njit(nogil=True, cache=True, boundscheck=False)
 
 @_jit
 def _divide(m, k):

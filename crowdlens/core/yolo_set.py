@@ -40,7 +40,7 @@ FLAWS = dict(
     duplicate_across_splits="same bytes as an image of another split",
     near_duplicate_across_splits="nearly the same picture in another split")
 
-# %% ../../nbs/core/yolo_set.ipynb #99a3a72b
+# %% ../../nbs/core/yolo_set.ipynb #c001dad7
 @dataclass
 class YoloSet:
     "A YOLO data set as found on disk."
@@ -52,12 +52,18 @@ class YoloSet:
     nc:int|None = None  # the stated number of classes
     flaws:list = field(default_factory=list)  # split, file, line, flaw, detail
 
-    def path(self, file:str) -> Path:  # a name from the set's tables
+    def path(
+        self,
+        file:str,  # a name from the set's tables
+    ) -> Path:
         "Where the file of that name lies."
         if not file.isascii(): file = file.translate(_BYTES)
         return self.root/file
 
-    def name(self, path) -> str:  # a path
+    def name(
+        self,
+        path,  # a path
+    ) -> str:
         "How the set's tables call the file at `path`."
         p, r = os.path.normpath(os.fspath(path)), f"{self.root}{os.sep}"
         p = p[len(r):] if p.startswith(r) else p

@@ -28,8 +28,10 @@ def name_groups(files,  # names of images
     return [f if m is None or not m[1] else f"group {m[1]}"
             for f,m in zip(files, found)]
 
-# %% ../../nbs/core/yolo_split.ipynb #f8d9cf14
-def join(*labels) -> np.ndarray:  # lists of N group names each -> (N,) int
+# %% ../../nbs/core/yolo_split.ipynb #6010386b
+def join(
+    *labels,  # lists of N group names each -> (N,) int
+) -> np.ndarray:
     "Groups such that items which share any label share the group."
     n = len(labels[0]); parent = list(range(n))
     def root(i):

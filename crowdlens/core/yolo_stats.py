@@ -6,14 +6,14 @@
 __all__ = ['AREAS', 'Boxes', 'corners', 'train_scale', 'area_class', 'per_patch', 'shared_patch', 'lost', 'recommend_queries',
            'center_grid', 'by_image', 'repeats', 'pair_heads', 'figures', 'class_rows']
 
-# %% ../../nbs/core/yolo_stats.ipynb #fe0bc870
+# %% ../../nbs/core/yolo_stats.ipynb #6610a76b
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from .compiled import nb
+from .compiled import njit
 import numpy as np
 
-# %% ../../nbs/core/yolo_stats.ipynb #8676350f
+# %% ../../nbs/core/yolo_stats.ipynb #2c64d7b3
 @dataclass
 class Boxes:
     "Boxes of many images as columns, sorted by image."
@@ -32,26 +32,34 @@ class Boxes:
     @property
     def counts(self): return np.diff(self.start)
 
-    def pixels(self, scale=1.):  # a number, or (M,) one an image
+    def pixels(
+        self,
+        scale=1.,  # a number, or (M,) one an image
+    ):
         "(N,2) width and height in pixels; NaN where the image's are unknown."
         wh = self.size*np.broadcast_to(np.asarray(scale, float).reshape(-1, 1),
                                        (len(self.size), 1))
         wh = np.where(self.size > 0, wh, np.nan)
         return self.xywh[:, 2:]*wh[self.image]
 
-    def of(self, keep):  # (N,) bool
+    def of(
+        self,
+        keep,  # (N,) bool
+    ):
         "The boxes where `keep` holds, with all images."
         return Boxes(self.image[keep], self.cls[keep], self.xywh[keep],
                      self.size)
 
-def corners(xywh): # (N,4) cxcywh
+def corners(
+    xywh,  # (N,4) cxcywh
+):
     "(N,4) xyxy of centre and size."
     out = np.empty((len(xywh), 4)); half = xywh[:, 2:]*.5
     np.subtract(xywh[:, :2], half, out=out[:, :2])
     np.add(xywh[:, :2], half, out=out[:, 2:])
     return out
 
-# %% ../../nbs/core/yolo_stats.ipynb #4fe60569
+# %% ../../nbs/core/yolo_stats.ipynb #e49fd5d2
 def train_scale(size,  # (M,2) width, height, pixels
                 shortest:int=960, longest:int=1536,  # pixels
     ) -> np.ndarray:  # (M,) factor; NaN where the size is unknown
@@ -62,13 +70,15 @@ def train_scale(size,  # (M,2) width, height, pixels
 
 AREAS = ("small", "medium", "large")  # COCO's: below 32², below 96², above
 
-def area_class(area) -> np.ndarray:  # (N,) pixels², NaN where unknown
+def area_class(
+    area,  # (N,) pixels², NaN where unknown
+) -> np.ndarray:
     "0 small, 1 medium, 2 large by COCO's areas; -1 where unknown."
     a = np.asarray(area, float)
     return np.where(np.isnan(a), -1, np.digitize(a, [32**2, 96**2]))
 
-# %% ../../nbs/core/yolo_stats.ipynb #10fc6bd6
-@nb.njit(cache=True, nogil=True)
+# %% ../../nbs/core/yolo_stats.ipynb #485ea783
+@njit(cache=True, nogil=True)
 def _patches(start, xy, rows, cols, worst, held):
     "Count centres in each patch of each image; `held[k]`: patches with k."
     for i in range(len(start)-1):
@@ -93,13 +103,18 @@ def per_patch(b:Boxes, scale, # (M,) factor to the training size
              grid[:, 0], worst, held)
     return worst, held
 
-def shared_patch(held) -> float:  # from `per_patch`
+def shared_patch(
+    held,  # from `per_patch`
+) -> float:
     "Share of the objects that are not alone in their patch."
     n = np.arange(len(held))*held
     return float(n[2:].sum()/n.sum()) if n.sum() else 0.
 
-# %% ../../nbs/core/yolo_stats.ipynb #2ee73b84
-def lost(counts, queries:int) -> int:  # (M,) objects an image
+# %% ../../nbs/core/yolo_stats.ipynb #d24d0de9
+def lost(
+    counts,  # (M,) objects an image
+    queries:int,
+) -> int:
     "How many objects are beyond `queries` in their image."
     return int(np.maximum(np.asarray(counts)-queries, 0).sum())
 
@@ -128,8 +143,8 @@ def center_grid(b:Boxes, n_classes:int, rows:int=24, cols:int=36
     return np.bincount(flat, minlength=n_classes*rows*cols).reshape(
         n_classes, rows, cols)
 
-# %% ../../nbs/core/yolo_stats.ipynb #341a91eb
-@nb.njit(cache=True, nogil=True)
+# %% ../../nbs/core/yolo_stats.ipynb #b6d50ed8
+@njit(cache=True, nogil=True)
 def _repeats(start, cls, ex, box, ok, thr, kind, of, lo, hi):
     "kind 1: same numbers as an earlier box, 2: IoU above `thr` with one."
     for i in range(lo, hi):
@@ -166,8 +181,8 @@ def repeats(b:Boxes, ok=None, # (N,) bool: boxes that take part
     by_image(lambda lo, hi: _repeats(*args, kind, of, lo, hi), len(b.size))
     return kind, of
 
-# %% ../../nbs/core/yolo_stats.ipynb #13defb16
-@nb.njit(cache=True, nogil=True)
+# %% ../../nbs/core/yolo_stats.ipynb #032cfc80
+@njit(cache=True, nogil=True)
 def _pair_one(box, ps, hs, cover, mate, covered):
     "Pair the heads `hs` of one image with its persons `ps`, nearest first."
     n = len(ps)*len(hs)
@@ -189,7 +204,7 @@ def _pair_one(box, ps, hs, cover, mate, covered):
         p, h = pi[k], hi[k]
         if mate[p] < 0 and mate[h] < 0: mate[p], mate[h] = h, p
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _pair(start, cls, box, person, head, cover, mate, covered, lo, hi):
     "`_pair_one` for images lo..hi."
     for i in range(lo, hi):

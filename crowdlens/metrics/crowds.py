@@ -6,7 +6,7 @@
 __all__ = ['REFERENCE', 'miss_curve', 'log_average', 'jaccard', 'crowd_scores']
 
 # %% ../../nbs/metrics/crowds.ipynb #ed84a3da
-from ..core.compiled import nb
+from ..core.compiled import njit
 import numpy as np
 from .matching import _augment,match_caltech,overlaps
 from .tables import GroundTruth,Detections,group
@@ -34,7 +34,7 @@ def log_average(fppi, miss) -> float:  # both (D,), as `miss_curve` gives
         return float(np.exp(np.log(miss[at]).mean()))
 
 # %% ../../nbs/metrics/crowds.ipynb #5fca2be2
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _inside(iou, crowd, thr):
     "(n,) bool: more than `thr` of the box lies in one of the regions."
     out = np.zeros(len(iou), np.bool_)
@@ -42,7 +42,7 @@ def _inside(iou, crowd, thr):
         for j in range(len(crowd)): out[i] |= crowd[j] and iou[i, j] > thr
     return out
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _close(iou, crowd, thr):
     "(n,m) bool: boxes and objects that overlap enough to be a pair."
     near = np.zeros(iou.shape, np.bool_)
@@ -51,7 +51,7 @@ def _close(iou, crowd, thr):
             near[i, j] = not crowd[j] and iou[i, j] >= thr
     return near
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _count(mate, o_in, crowd, d_in, n):
     "Pairs; of the first n boxes and all objects, those that count."
     k, m, free = 0, 0, d_in[:n].sum()
@@ -62,7 +62,7 @@ def _count(mate, o_in, crowd, d_in, n):
     return k, n-free, m
 
 # %% ../../nbs/metrics/crowds.ipynb #04f9ac95
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _jaccard(dets, scores, d_start, objs, crowd, o_start, thr):
     "(3,G,10) pairs, boxes, objects that count, at scores above 0, .1 … .9."
     out = np.zeros((3, len(d_start)-1, 10), np.int64)
@@ -99,7 +99,7 @@ def jaccard(gt:GroundTruth, det:Detections, groups, thr:float=.5):
     return np.where(there.any((1, 2)), got, np.nan), best/10
 
 # %% ../../nbs/metrics/crowds.ipynb #76b08beb
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _clip(boxes_xywh, image, sizes):
     "Boxes cut at the borders of their images; size 0 is unknown."
     out = boxes_xywh.copy()

@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'CROWDS', 'found', 'pr_curves', 'plot_pr', 'crowding', 'reca
            'worst_images', 'head_consistency', 'figures', 'add_to']
 
 # %% ../../nbs/metrics/detection_report.ipynb #dfe9351e
-from ..core.compiled import nb
+from ..core.compiled import njit
 import numpy as np
 from ..core.plots import INK,color,new_figure,use_style
 from ..core.yolo_stats import Boxes,pair_heads
@@ -65,7 +65,7 @@ def plot_pr(
     return fig
 
 # %% ../../nbs/metrics/detection_report.ipynb #85303306
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _crowding(objs, start, out):
     "Largest overlap of each object with another of its group."
     for g in range(len(start)-1):

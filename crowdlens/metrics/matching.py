@@ -6,11 +6,11 @@
 __all__ = ['HIT', 'MISS', 'IGNORED', 'overlaps', 'match_coco', 'match_caltech', 'largest_matching', 'match_by_overlap']
 
 # %% ../../nbs/metrics/matching.ipynb #a40c16f1
-from ..core.compiled import nb
+from ..core.compiled import njit
 import numpy as np
 
 # %% ../../nbs/metrics/matching.ipynb #9796dc1c
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def overlaps(a, b, crowd):  # (n,4) xywh, (m,4) xywh, (m,) bool
     "(n,m) intersection over union, or over `a` where `b` is a region."
     out = np.zeros((len(a), len(b)))
@@ -27,7 +27,7 @@ def overlaps(a, b, crowd):  # (n,4) xywh, (m,4) xywh, (m,) bool
     return out
 
 # %% ../../nbs/metrics/matching.ipynb #864ad5f6
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def match_coco(dets, det_start, objs, obj_start, crowd, ignore, thrs):
     "(T,D) int: row of the object that each detection found, or -1."
     found = np.full((len(thrs), len(dets)), -1, np.int64)
@@ -53,7 +53,7 @@ def match_coco(dets, det_start, objs, obj_start, crowd, ignore, thrs):
 # %% ../../nbs/metrics/matching.ipynb #40e0286d
 HIT, MISS, IGNORED = 1, 0, -1
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def match_caltech(dets, det_start, objs, obj_start, crowd, thr):
     "(D,) int8: 1 found an object, 0 a false alarm, -1 not counted."
     state = np.zeros(len(dets), np.int8)
@@ -74,7 +74,7 @@ def match_caltech(dets, det_start, objs, obj_start, crowd, thr):
     return state
 
 # %% ../../nbs/metrics/matching.ipynb #67b6a3c2
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def _augment(i, near, mate_o, came, queue, seen):
     "Match detection `i`, others changing partners if need be."
     n = near.shape[1]
@@ -98,7 +98,7 @@ def _augment(i, near, mate_o, came, queue, seen):
                 j = before
     return False
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def largest_matching(near):  # (n,m) bool: may pair; rows best first
     "(m,) row that each column is paired with, -1: none."
     n, m = near.shape
@@ -108,7 +108,7 @@ def largest_matching(near):  # (n,m) bool: may pair; rows best first
     return mate
 
 # %% ../../nbs/metrics/matching.ipynb #090415be
-@nb.njit(cache=True, nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _overlaps32(a, b):  # (n,4) xywh, (m,4) xywh, float32
     "(n,m) float32 intersection over union of corners."
     out = np.zeros((len(a), len(b)), np.float32)
@@ -125,7 +125,7 @@ def _overlaps32(a, b):  # (n,4) xywh, (m,4) xywh, float32
                 out[i, j] = both/(own+(u1-b[j, 0])*(v1-b[j, 1])-both)
     return out
 
-@nb.njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True)
 def match_by_overlap(dets, det_start, objs, obj_start, thr):
     "(D,) object that each detection is paired with or -1; (D,) overlap."
     found, iou = np.full(len(dets), -1), np.zeros(len(dets))

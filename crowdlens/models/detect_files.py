@@ -15,8 +15,10 @@ from ..core.frames import film_info,read_frames,write_film
 from ..core.images import is_image,read_image
 from ..core.runs import bar
 
-# %% ../../nbs/models/detect_files.ipynb #26379014
-def pictures_of(source) -> list[Path]:  # a picture, or a folder
+# %% ../../nbs/models/detect_files.ipynb #18bed4cb
+def pictures_of(
+    source,  # a picture, or a folder
+) -> list[Path]:
     "The pictures at `source`, folders within it included, in order."
     p = Path(source)
     if p.is_file() and is_image(p.name): return [p]
@@ -25,7 +27,7 @@ def pictures_of(source) -> list[Path]:  # a picture, or a folder
     if not got: raise InputError("no picture in this folder", p)
     return got
 
-# %% ../../nbs/models/detect_files.ipynb #0a27e36c
+# %% ../../nbs/models/detect_files.ipynb #3d0a2336
 def _done(path) -> dict:  # detections.jsonl
     "Number of a picture -> its line; a cut last line is removed."
     out, good = {}, 0
@@ -39,9 +41,13 @@ def _done(path) -> dict:  # detections.jsonl
         f.truncate(good)
     return out
 
-def detect_files(detector, files:list, # see `Detector`; pictures
-                 folder,  # where detections.jsonl is kept
-                 batch:int=8, threshold:float=0.):  # least score
+def detect_files(
+    detector,  # see `Detector`
+    files:list,  # pictures
+    folder,  # where detections.jsonl is kept
+    batch:int=8,
+    threshold:float=0.,
+):  # least score
     "Boxes, scores and labels of each file, in order; goes on after a stop."
     path = Path(folder)/"detections.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +67,13 @@ def detect_files(detector, files:list, # see `Detector`; pictures
         np.array(r["scores"], float), np.array(r["labels"], np.int64))
     return [row(have[i]) for i in range(len(files))]
 
-# %% ../../nbs/models/detect_files.ipynb #b310b5a8
-def coco_of(files, found, labels, # pictures; from `detect_files`; a LabelMap
-            root="",  # names are relative to it
-    ) -> tuple[dict, list]: # COCO without annotations, COCO results
+# %% ../../nbs/models/detect_files.ipynb #e888f50d
+def coco_of(
+    files,  # pictures
+    found,  # from `detect_files`
+    labels,  # a LabelMap
+    root="",  # names are relative to it
+) -> tuple[dict, list]:  # COCO without annotations, COCO results
     "An image list and results in COCO's form."
     def name(f): return os.path.relpath(f, root) if root else Path(f).name
     images = [dict(id=i, file_name=name(f)) for i,f in enumerate(files, 1)]

@@ -19,10 +19,14 @@ from ..core.files import InputError
 from ..core.runs import Run
 from ..metrics.tables import Detections,GroundTruth,gather
 
-# %% ../../nbs/models/detr_training.ipynb #7d014e11
+# %% ../../nbs/models/detr_training.ipynb #ada18274
 class EpochSampler(torch.utils.data.Sampler):
     "Yields (epoch, index), shuffled anew in each epoch."
-    def __init__(self, n:int, seed:int=0): # images; seed of the order
+    def __init__(
+        self,
+        n:int,  # images
+        seed:int=0,  # seed of the order
+    ):
         self.n, self.seed, self.epoch = n, seed, 0
 
     def __len__(self): return self.n
@@ -39,8 +43,10 @@ def seed_step(seed:int, step:int, part:int=0, rank:int=0):
     words = np.random.SeedSequence([seed, step, part, rank]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
-# %% ../../nbs/models/detr_training.ipynb #e3967445
-def in_backbone(name:str) -> bool:  # of a parameter
+# %% ../../nbs/models/detr_training.ipynb #4a29c2cf
+def in_backbone(
+    name:str,  # of a parameter
+) -> bool:
     "Whether a parameter belongs to the backbone."
     return ".backbone." in f".{name}"
 
@@ -55,7 +61,10 @@ def param_groups(model, lr:float,  # of the new parts
     return [dict(params=pick(False), lr=lr, weight_decay=decay),
             dict(params=pick(True), lr=lr*factor, weight_decay=decay)]
 
-def thaw(model, on:bool=True):  # True: the backbone learns
+def thaw(
+    model,
+    on:bool=True,  # True: the backbone learns
+):
     "Thaw or freeze the backbone's weights; it stays in evaluation mode."
     for n,p in model.named_parameters():
         if in_backbone(n): p.requires_grad_(on and "mask_token" not in n)
@@ -114,7 +123,7 @@ class Predictions:
             np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
         return tuple(np.concatenate(c) for c in zip(*self.parts))
 
-# %% ../../nbs/models/detr_training.ipynb #03c246d7
+# %% ../../nbs/models/detr_training.ipynb #8ea20584
 @patch
 def gather(self:Predictions):
     "Those of all ranks, on each of them."
@@ -130,9 +139,11 @@ def gather(self:Predictions):
     return self
 
 @patch
-def table(self:Predictions, gt:GroundTruth, # of the same images
-          ids:list,  # category id of each label
-    ) -> Detections:
+def table(
+    self:Predictions,
+    gt:GroundTruth,  # of the same images
+    ids:list,  # category id of each label
+) -> Detections:
     "For the metrics."
     im, boxes, scores, labels = self.arrays()
     order = np.argsort(im, kind="stable")
@@ -142,7 +153,10 @@ def table(self:Predictions, gt:GroundTruth, # of the same images
                   split(labels), ids)
 
 @patch
-def coco(self:Predictions, ids:list) -> list[dict]: # category ids of labels
+def coco(
+    self:Predictions,
+    ids:list,  # category ids of labels
+) -> list[dict]:
     "COCO results."
     im, b, s, l = self.arrays()
     xywh = np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1)
@@ -310,9 +324,12 @@ def _save_checkpoint(self:DetTrainer, model, trial):
         more)
     self.accelerator.wait_for_everyone()
 
-# %% ../../nbs/models/detr_training.ipynb #b4a14e21
+# %% ../../nbs/models/detr_training.ipynb #620e9822
 @patch
-def restore(self:DetTrainer, path):  # a checkpoint folder
+def restore(
+    self:DetTrainer,
+    path,  # a checkpoint folder
+):
     "Put its weights into the model, every one of them."
     from safetensors.torch import load_file
     self.model.load_state_dict(load_file(Path(path)/"model.safetensors"))

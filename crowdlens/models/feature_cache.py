@@ -17,10 +17,13 @@ from ..core.files import InputError,atomic,read_json,write_json
 from ..core.runs import bar
 from .detr import FrozenEncoder
 
-# %% ../../nbs/models/feature_cache.ipynb #eae2f228
+# %% ../../nbs/models/feature_cache.ipynb #a1ada70d
 KINDS = dict(bf16=2, int8=1, fp8=1)  # bytes a value
 
-def record_size(shape:tuple, kind:str) -> int:  # (C,h,w); one of KINDS
+def record_size(
+    shape:tuple,  # (C,h,w)
+    kind:str,  # one of KINDS
+) -> int:
     "Bytes that one map takes."
     if kind not in KINDS: raise InputError(f"no kind {kind!r}",
         fix="there are " + ", ".join(KINDS))
@@ -119,7 +122,7 @@ def get(self:FeatureCache, i:int, view:int):  # map, boxes (m,4), labels (m,)
     return (unpack(self.maps[r], self.shape, self.kind), rows[:, :4].copy(),
             rows[:, 4].astype(np.int64))
 
-# %% ../../nbs/models/feature_cache.ipynb #b14eda2b
+# %% ../../nbs/models/feature_cache.ipynb #92d41a4e
 class CachedItems:
     "Items of a data set, as kept maps where there are any."
     def __init__(self, items:DetItems, cache:FeatureCache):
@@ -144,7 +147,10 @@ class CachedItems:
         try: return self.items[i]
         finally: self.items.pipe = keep
 
-    def __getitem__(self, key):  # an image, or (epoch, image)
+    def __getitem__(
+        self,
+        key,  # an image, or (epoch, image)
+    ):
         "An item with `features`, or with `image`."
         epoch, i = key if isinstance(key, tuple) else (0, key)
         v = self.view(epoch, i); got = self.cache.get(i, v)
