@@ -1509,6 +1509,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'crowdlens/models/detr_training.py'),
                                                 'crowdlens.models.detr_training.seed_step': ( 'models/detr_training.html#seed_step',
                                                                                               'crowdlens/models/detr_training.py'),
+                                                'crowdlens.models.detr_training.slim_older': ( 'models/detr_training.html#slim_older',
+                                                                                               'crowdlens/models/detr_training.py'),
                                                 'crowdlens.models.detr_training.thaw': ( 'models/detr_training.html#thaw',
                                                                                          'crowdlens/models/detr_training.py')},
             'crowdlens.models.feature_cache': { 'crowdlens.models.feature_cache.CachedItems': ( 'models/feature_cache.html#cacheditems',

@@ -120,6 +120,7 @@ def _line_of(text, row) -> int:
     "The line, from 1, of data row `row`, from 0."
     return [i for i,l in enumerate(text.split("\n"), 1) if l.strip()][row]
 
+# %% ../../nbs/core/ava.ipynb #6ed8fbf9
 def _check_ava(second, box, action, person, scored, path, text):
     "Raise `InputError` for the first row that breaks a rule."
     whole = lambda v: np.isfinite(v) & (v == np.floor(v))
@@ -196,6 +197,7 @@ def _close_block(out, block, path, began):
                                        began)
     out[int(n)] = block
 
+# %% ../../nbs/core/ava.ipynb #62a89287
 def write_labelmap(
     path,
     names,  # {number: name}, or a list, numbered from 1

@@ -79,6 +79,7 @@ def add_capsule(
     C[n, 8], C[n, 9], C[n, 10], C[n, 11] = col[0], col[1], col[2], 0.
     return n + 1
 
+# %% ../../nbs/core/bodies.ipynb #654dbd53
 @njit(cache=True)
 def set_paint(
     P,  # (16,) row
@@ -149,6 +150,7 @@ def bus(
         set_paint(P[n - 1], 0, c[:3]*.86, c[3:], 1., 1., 1.)
     return n, 0
 
+# %% ../../nbs/core/bodies.ipynb #099d81e9
 @njit(cache=True)
 def truck(
     V, K, P, C, x, y, h, hl, hw, q, g, # as `car`
@@ -217,6 +219,7 @@ def walker(
                     np.array([.01, 0., 1.7*t]), .105, .1, hair, x, y, h)
     return 0, _carry(C, n, t, x, y, h, q, g)
 
+# %% ../../nbs/core/bodies.ipynb #4644a610
 @njit(cache=True)
 def _carry(C, n, t, x, y, h, q, g):
     "A rucksack or an umbrella for some."
@@ -330,6 +333,7 @@ def draw_body(
         draw_capsule(cv, C[i, :3], C[i, 3:6], C[i, 6], C[i, 7], C[i, 8],
                      C[i, 9], C[i, 10], C[i, 11], L, lit, oid, box)
 
+# %% ../../nbs/core/bodies.ipynb #ddc284e2
 @njit(cache=True)
 def shadow_body(
     cam, ground, V, K, n, C, m, sun, soft, out, # parts; see `shadow_prism`

@@ -47,6 +47,7 @@ def xywh_to_cxcywh(
     b = np.asarray(boxes_xywh, float)
     return np.concatenate([b[..., :2] + b[..., 2:]/2, b[..., 2:]], -1)
 
+# %% ../../nbs/core/boxes.ipynb #3adbd37e
 def cxcywh_to_xywh(
     boxes_cxcywh,  # (...,4)
 ):

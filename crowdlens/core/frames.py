@@ -69,6 +69,7 @@ def _peek(frames, path):
     if first is None: raise InputError("no frames to write", path)
     return first, itertools.chain([first], it)
 
+# %% ../../nbs/core/frames.ipynb #2281111a
 def _vp9(c, first, fps, quality, speed):
     "A VP9 stream in container `c` for frames like `first`."
     rate = Fraction(fps).limit_denominator(1001)
@@ -126,6 +127,7 @@ def film_info(
                         round(long*rate), long, first.time or 0.,
                         s.codec_context.name.replace("libdav1d", "av1"), turn)
 
+# %% ../../nbs/core/frames.ipynb #f63ed806
 def _folder_info(folder, fps):
     "`FilmInfo` of a folder of pictures."
     found = list_pictures(folder)

@@ -43,6 +43,7 @@ class MotRows:
         lo, hi = np.searchsorted(self.frame, [frame, frame+1])
         return self[lo:hi]
 
+# %% ../../nbs/core/mot.ipynb #736d89ce
 def mot_rows(
     frame,  # (R,) numbers from 1
     id,  # (R,) or one value for all
@@ -120,6 +121,7 @@ def _line_of(text, row) -> int:
     filled = [i for i,l in enumerate(text.split("\n"), 1) if l.strip()]
     return filled[row]
 
+# %% ../../nbs/core/mot.ipynb #b6c837b1
 def _check_rows(t, text, path, zero_based):
     "Raise `InputError` for the first row that no reader could use."
     if not 6 <= t.shape[1] <= 10: raise InputError(
@@ -196,6 +198,7 @@ def read_seqinfo(
             f"{f.name}={v} is no number", path) from None
     return SeqInfo(**out)
 
+# %% ../../nbs/core/mot.ipynb #41d664c9
 def write_seqinfo(
     path,  # target file
     info:SeqInfo,  # what to write

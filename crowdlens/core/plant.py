@@ -94,6 +94,7 @@ def _exif_rotated(s, i):
     _put(p, with_exif(simplejpeg.encode_jpeg(side, 92, "RGB", "420"), 6))
     return s.done(p, "exif_rotated")
 
+# %% ../../nbs/core/plant.ipynb #7a02f2ec
 @_plants
 def _truncated_image(s, i):
     p = s.take(); b = p.read_bytes(); _put(p, b[:len(b)*6//10])
@@ -181,6 +182,7 @@ def _class_not_integer(s, i): return _add_row(s, lambda b: [
 def _class_out_of_range(s, i): return _add_row(s, lambda b: [
     str(s.n_names + 100 + i), *b], "class_out_of_range")
 
+# %% ../../nbs/core/plant.ipynb #98099c89
 @_plants
 def _zero_size(s, i): return _add_row(s, lambda b: [
     "0", *b[:2], *(("0", b[3]), (b[2], "0"))[i%2]], "zero_size")
@@ -254,6 +256,7 @@ def _unused_name(s, i):
          f"{i}\n".encode())
     return s.done(p, "unused_name")
 
+# %% ../../nbs/core/plant.ipynb #c16f05cc
 @_plants
 def _bad_path(s, i):
     if i == 0: _yaml(s, "", "test:")
@@ -295,6 +298,7 @@ def plant(
 
 _OF_THE_SET = ("unused_name", "bad_path", "names_count")
 
+# %% ../../nbs/core/plant.ipynb #c9b86468
 def flaw_counts(
     flaws,  # FLAWS' order, names_count last
     root=None,

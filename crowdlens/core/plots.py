@@ -143,6 +143,7 @@ def bin_edges(values, n:int=40, log:bool=False) -> np.ndarray:
     if np.all(v == np.round(v)) and hi-lo < n: return np.arange(lo, hi+2)-.5
     return np.linspace(lo, hi if hi > lo else lo+1, n+1)
 
+# %% ../../nbs/core/plots.ipynb #663772c8
 def histogram(
     ax,  # matplotlib axes
     series:dict,  # name -> values

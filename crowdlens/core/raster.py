@@ -201,8 +201,8 @@ def _brightness(px, py, c, t, light):
 @njit(cache=True, error_model="numpy")
 def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
     "Blend one capsule row into the buffers."
-    H, W = ids.shape
-    ua, va, ra, ub, vb, rb = c[0], c[1], c[2], c[3], c[4], c[5]
+    H, W = ids.shape; ua, va, ra = c[0], c[1], c[2]
+    ub, vb, rb = c[3], c[4], c[5]
     h, p, q, a, b = _capsule_frame(ua, va, ra, ub, vb, rb)
     part, flat, split = int(c[14]), c[15] != 0., c[7]
     n0 = n1 = n2 = n3 = 0
@@ -234,8 +234,7 @@ def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
             ids[y, x] = me
             if o >> 1 == obj: n3 += 2*part - 1
             else:
-                n2 += 1
-                n3 += part
+                n2, n3 = n2 + 1, n3 + part
                 if o > 1:
                     seen[o >> 1, 0] -= 1
                     if o & 1: seen[o >> 1, 1] -= 1

@@ -226,6 +226,7 @@ def _lamps(mat, x, y, z, night):
     if k == 1 and x > 0 and z > low - .3: return r*.3, g*.3, b*.3, 0., .2
     return r*.95, g*.95, b*.95, 0., .3
 
+# %% ../../nbs/core/solids.ipynb #9cf6a1f6
 @njit(cache=True)
 def _bus(mat, x, y, z, side, nz, night):
     "A window band with posts, a stripe, hatches on the roof."
@@ -244,6 +245,7 @@ def _bus(mat, x, y, z, side, nz, night):
         if abs(y) > w*.5 - .15: return r*.85, g*.85, b*.85, 0., .1
     return r, g, b, 0., .35
 
+# %% ../../nbs/core/solids.ipynb #21ccf71a
 @njit(cache=True)
 def _house(mat, x, y, z, side, end, nz, night):
     "Rows of windows on plaster or brick; gravel on the roof."
@@ -407,6 +409,7 @@ def _front_faces(n, c, front, eye, ch, sh, L, lit):
         F += 1
     return out[:F]
 
+# %% ../../nbs/core/solids.ipynb #239e3c2f
 @njit(cache=True, error_model="numpy")
 def _fill_prism(cv, win, n, c, m, front, axes, mat, L, lit, oid, box):
     "The pixels of a prism."
@@ -440,6 +443,7 @@ def _fill_prism(cv, win, n, c, m, front, axes, mat, L, lit, oid, box):
             put(rgb, depth, ids, i, j, a, t, u + glow*(r - u),
                 v + glow*(g - v), s + glow*(b - s), oid)
 
+# %% ../../nbs/core/solids.ipynb #a55e9f2c
 @njit(cache=True, error_model="numpy")
 def _enter_row(X, Y, Z, x0, fs, ts, hit):
     "Where each ray of a row enters: distance and number of the front face."
@@ -473,6 +477,7 @@ def _count_row(inside, hit, mark, x0, oid, i, j0, depth, box):
     box[6], box[7] = min(box[6], first), min(box[7], i)
     box[8], box[9] = max(box[8], last), max(box[9], i + 1)
 
+# %% ../../nbs/core/solids.ipynb #a0e28f35
 @njit(cache=True)
 def _mirror(u, v, w, gloss, mx, my, mz, dn, L, lit):
     "Sky and sun in a glossy surface; m is the mirrored ray."
@@ -531,6 +536,7 @@ def draw_capsule(
     _fill_capsule(cv, _window(cv, bb), (mx, my, mz, ax, ay, az), r0, r1,
                   (r, g, b, glow), L, lit, oid, box)
 
+# %% ../../nbs/core/solids.ipynb #19a01e1c
 @njit(cache=True, error_model="numpy")
 def _fill_capsule(cv, win, axis, r0, r1, col, L, lit, oid, box):
     "The pixels of a capsule."
@@ -592,6 +598,7 @@ def shadow_prism(
                     if a <= 0.: break
             if a > out[i, j]: out[i, j] = min(a, 1.)
 
+# %% ../../nbs/core/solids.ipynb #fa106502
 @njit(cache=True)
 def shadow_capsule(
     cam, ground, p, q, r0, r1, sun, soft, out, # as above; capsule

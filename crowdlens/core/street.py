@@ -97,6 +97,7 @@ def paint_ground(
             cv.rgb[i, j, 1] = g*(q + c)*(1-f) + f*hz[1]
             cv.rgb[i, j, 2] = b*(u + e)*(1-f) + f*hz[2]
 
+# %% ../../nbs/core/street.ipynb #0dc78a53
 @njit(cache=True)
 def lamp_light(
     lamps, x, y, z, night, # (n, 3) metres; a point; 0..1
@@ -144,6 +145,7 @@ def halve(
     "Mean of two by two samples."
     return (a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2])*.25
 
+# %% ../../nbs/core/street.ipynb #bb3dcd3e
 @dataclass
 class Standing:
     "A scene without its traffic."
@@ -171,6 +173,7 @@ def rim_of(
     if camera.kind == 1: a *= np.clip(c - r + .5, 0, 1)
     return a.astype(np.float32)
 
+# %% ../../nbs/core/street.ipynb #76c75fcc
 def paint_standing(
     camera, plan:Plan, light:Light, things:Furniture,
     seed:int, # the site's
@@ -254,6 +257,7 @@ def beam(
             f = 1. - a*.0714
             out[i, j] += power*min(1., a*.8)*f*f*f*q*q*q
 
+# %% ../../nbs/core/street.ipynb #b844cf26
 @njit(cache=True)
 def glow(
     cv, x, y, z, metres, r, g, b, power, # a lamp: place, size, colour
@@ -370,6 +374,7 @@ def draw_traffic(
             vehicle_lamps(cv, X[k, 0], X[k, 1], X[k, 2], A[k, HL], A[k, HW],
                           A[k, V], A[k, V0], A[k, KIND] == BIKE, night)
 
+# %% ../../nbs/core/street.ipynb #01511ebf
 @njit(cache=True)
 def draw_signals(
     cv, signals, t, L, box, # (n, 4) x, y, z, gate; time; scratch box
@@ -453,6 +458,7 @@ def draw(self:Street,
            out.reshape(h, -1))
     return out, self._truth(index, boxes)
 
+# %% ../../nbs/core/street.ipynb #39630de3
 @patch
 def _truth(self:Street, index, boxes):
     "What is true of the frame just drawn."

@@ -120,6 +120,7 @@ def markings(
         white = max(white, _arrow(o, l, wide, n))
     return white, yellow, lane
 
+# %% ../../nbs/core/streetscape.ipynb #e77059cc
 @njit(cache=True)
 def _arrow(o, l, wide, n):
     "An arrow straight ahead in each lane before the stop line."
@@ -155,6 +156,7 @@ def asphalt(
     if d > -.5: v *= .9 + .1*noise2(seed + 6, x*2, y*2)
     return v*1.02, v, v*.985
 
+# %% ../../nbs/core/streetscape.ipynb #0b5350d6
 @njit(cache=True)
 def beyond(
     x, y, d, wide, seed, style, # as `asphalt`
@@ -367,6 +369,7 @@ def furnish(
     return Furniture(pr, ca, np.array(lamps).reshape(-1, 3),
                      np.array(signals).reshape(-1, 4))
 
+# %% ../../nbs/core/streetscape.ipynb #3ae584c7
 def _clutter(plan, rng, free, pr, ca):
     "Look-alikes, bins and benches on the pavements."
     number = LOOKALIKE

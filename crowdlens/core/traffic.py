@@ -16,7 +16,9 @@ from .raster import hash01
 
 # %% ../../nbs/core/traffic.ipynb #b6d86577
 CLASSES = ["Bus", "Bike", "Car", "Pedestrian", "Truck"]
+
 BUS, BIKE, CAR, PED, TRUCK = range(5)
+
 LANE = 3.3  # metres
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Plan:
         c, s = [(1, 0), (0, 1), (-1, 0), (0, -1)][arm]
         return np.array([c*out - s*left, s*out + c*left])
 
+# %% ../../nbs/core/traffic.ipynb #b63e3a45
 def draw_plan(
     seed:int, # a site's number
 ) -> Plan:
@@ -127,6 +130,7 @@ def walk_paths(
                     plan.at(n, far, -side*(plan.half(n) + 2.2))], None, a))
     return out
 
+# %% ../../nbs/core/traffic.ipynb #08ccc0dc
 def draw_paths(
     plan:Plan,
 ) -> Paths:
@@ -220,6 +224,7 @@ def pose_of(
     y = xyh[p, k, 1] + f*(xyh[p, k+1, 1] - xyh[p, k, 1])
     return x - math.sin(h)*A[i, SIDE], y + math.cos(h)*A[i, SIDE], h
 
+# %% ../../nbs/core/traffic.ipynb #4aee30f1
 @njit(cache=True)
 def gap_ahead(
     A, X, i, xyh, length, # agents, their (N, 3) poses, row, paths
@@ -268,6 +273,7 @@ def _accelerate(A, i, gap, lead, v0):
         a -= top*(want/max(gap, .1))**2
     return max(-8., min(top, a))
 
+# %% ../../nbs/core/traffic.ipynb #87ae8d4b
 @njit(cache=True)
 def step(
     A, X, # (N, 12) agents, (N, 3) their poses: both are updated
@@ -298,8 +304,7 @@ def step(
                                   4. + 2.2*A[i, V], A[i, WAIT] < 4.)
             g = stop[p] - s - A[i, HL]
             if red and g > -.5 and g + .5 > A[i, V]**2/14. and g < gap:
-                gap, lead = g + 1.2, 0.
-                A[i, WAIT] = 0.
+                gap, lead, A[i, WAIT] = g + 1.2, 0., 0.
             a = _accelerate(A, i, gap, lead, v0)
             A[i, V] = max(0., A[i, V] + a*dt)
             if gap < .25: A[i, V] = 0.
@@ -314,6 +319,7 @@ def step(
             continue
         X[i, 0], X[i, 1], X[i, 2] = pose_of(A, i, xyh, length, A[i, S])
 
+# %% ../../nbs/core/traffic.ipynb #c2dbf72d
 @njit(cache=True)
 def _enter(A, X, i, xyh, length):
     "Let a new agent in where its path begins, if there is room."
@@ -339,6 +345,7 @@ def draw_kinds(
     kinds[:len(rare)] = rare
     return kinds
 
+# %% ../../nbs/core/traffic.ipynb #2e9c3dd8
 class Traffic:
     "Who goes where at a crossing; `forward` moves time on."
     def __init__(self,

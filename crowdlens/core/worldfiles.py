@@ -171,6 +171,7 @@ def _yolo_world(part, split, seed, n, o):
         write_picture(part/split/"images"/f"{name}.jpg", image, o["quality"])
     write_json(done, [])
 
+# %% ../../nbs/core/worldfiles.ipynb #1206521a
 def yolo_text(
     boxes_xyxy,  # (N,4) pixels
     labels,  # (N,) class numbers
@@ -225,6 +226,7 @@ def _tasks(part, o, per=None) -> list:
             per, o[split] - k), o) for k in range(0, o[split], per)]
     return out
 
+# %% ../../nbs/core/worldfiles.ipynb #d9437a53
 def _stills(seed, n, o):
     "Name, image, boxes and labels of the frames of one world."
     return pick_frames(o["scene"], seed, n, o["people"], o["size"],
@@ -286,6 +288,7 @@ def _coco_world(part, split, seed, n, o):
     write_json(done, rows, indent=None)
     return rows
 
+# %% ../../nbs/core/worldfiles.ipynb #f8684aaf
 def coco_dict(
     rows,  # (file name, boxes_xyxy pixels, labels from 0), one an image
     names,  # of the classes
@@ -328,6 +331,7 @@ def mot_truth(
                       cls[keep] == 1, cls[keep], vis[keep]))
     return mot_rows(*(np.concatenate(c) for c in zip(*parts)))
 
+# %% ../../nbs/core/worldfiles.ipynb #0f71611f
 def write_mot(
     dst,  # folder to make; its name becomes the sequence's
     world,  # a World
@@ -416,6 +420,7 @@ def write_ava(
         _finish(part, dst, wanted, [])
     return Path(dst)
 
+# %% ../../nbs/core/worldfiles.ipynb #f7eec885
 def _ava_world(part, split, seed, n, o):
     "Write one movie with its keyframes; its rows."
     if (done := _rows_of(part, o, seed)).is_file(): return read_json(done)

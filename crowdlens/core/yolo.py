@@ -404,4 +404,5 @@ class YoloCoco:
         got = read_image(self.index.path(int(self.rows[i]))), self.target(i)
         return self.transform(*got) if self.transform else got
 
+# %% ../../nbs/core/yolo.ipynb #2665828d
 _index = index  # the name is a parameter above

@@ -50,6 +50,7 @@ class Boxes:
         return Boxes(self.image[keep], self.cls[keep], self.xywh[keep],
                      self.size)
 
+# %% ../../nbs/core/yolo_stats.ipynb #d6875613
 def corners(
     xywh,  # (N,4) cxcywh
 ):

@@ -4,29 +4,27 @@
 
 # %% auto #0
 __all__ = ['EpochSampler', 'seed_step', 'in_backbone', 'param_groups', 'thaw', 'is_oom', 'first_that_fits', 'all_agree',
-           'Predictions', 'ground_truth', 'DetTrainer', 'StopAfter', 'phases']
+           'Predictions', 'ground_truth', 'DetTrainer', 'slim_older', 'StopAfter', 'phases']
 
-# %% ../../nbs/models/detr_training.ipynb #cf42ff3d
+# %% ../../nbs/models/detr_training.ipynb #40a6021a
 import math,time
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from safetensors.torch import load_file,save_file
 from torch import nn
 from transformers import PrinterCallback,Trainer,TrainerCallback
 from ..core.detection_data import DetData
-from ..core.files import InputError
+from ..core.files import InputError,atomic,read_json,write_json
 from ..core.runs import Run
 from ..metrics.tables import Detections,GroundTruth,gather
+from .checkpoints import split_delta
 
-# %% ../../nbs/models/detr_training.ipynb #ada18274
+# %% ../../nbs/models/detr_training.ipynb #7d014e11
 class EpochSampler(torch.utils.data.Sampler):
     "Yields (epoch, index), shuffled anew in each epoch."
-    def __init__(
-        self,
-        n:int,  # images
-        seed:int=0,  # seed of the order
-    ):
+    def __init__(self, n:int, seed:int=0): # images; seed of the order
         self.n, self.seed, self.epoch = n, seed, 0
 
     def __len__(self): return self.n
@@ -43,10 +41,8 @@ def seed_step(seed:int, step:int, part:int=0, rank:int=0):
     words = np.random.SeedSequence([seed, step, part, rank]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
-# %% ../../nbs/models/detr_training.ipynb #4a29c2cf
-def in_backbone(
-    name:str,  # of a parameter
-) -> bool:
+# %% ../../nbs/models/detr_training.ipynb #e3967445
+def in_backbone(name:str) -> bool:  # of a parameter
     "Whether a parameter belongs to the backbone."
     return ".backbone." in f".{name}"
 
@@ -61,10 +57,7 @@ def param_groups(model, lr:float,  # of the new parts
     return [dict(params=pick(False), lr=lr, weight_decay=decay),
             dict(params=pick(True), lr=lr*factor, weight_decay=decay)]
 
-def thaw(
-    model,
-    on:bool=True,  # True: the backbone learns
-):
+def thaw(model, on:bool=True):  # True: the backbone learns
     "Thaw or freeze the backbone's weights; it stays in evaluation mode."
     for n,p in model.named_parameters():
         if in_backbone(n): p.requires_grad_(on and "mask_token" not in n)
@@ -123,7 +116,7 @@ class Predictions:
             np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
         return tuple(np.concatenate(c) for c in zip(*self.parts))
 
-# %% ../../nbs/models/detr_training.ipynb #8ea20584
+# %% ../../nbs/models/detr_training.ipynb #03c246d7
 @patch
 def gather(self:Predictions):
     "Those of all ranks, on each of them."
@@ -139,11 +132,9 @@ def gather(self:Predictions):
     return self
 
 @patch
-def table(
-    self:Predictions,
-    gt:GroundTruth,  # of the same images
-    ids:list,  # category id of each label
-) -> Detections:
+def table(self:Predictions, gt:GroundTruth, # of the same images
+          ids:list,  # category id of each label
+    ) -> Detections:
     "For the metrics."
     im, boxes, scores, labels = self.arrays()
     order = np.argsort(im, kind="stable")
@@ -153,10 +144,7 @@ def table(
                   split(labels), ids)
 
 @patch
-def coco(
-    self:Predictions,
-    ids:list,  # category ids of labels
-) -> list[dict]:
+def coco(self:Predictions, ids:list) -> list[dict]: # category ids of labels
     "COCO results."
     im, b, s, l = self.arrays()
     xywh = np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1)
@@ -176,17 +164,18 @@ def ground_truth(d:DetData) -> GroundTruth:
         np.searchsorted(d.ids, d.categories), np.concatenate([b[:, :2],
         b[:, 2:] - b[:, :2]], 1), d.areas, d.crowd)
 
-# %% ../../nbs/models/detr_training.ipynb #48f640aa
+# %% ../../nbs/models/detr_training.ipynb #c76df9e6
 class DetTrainer(Trainer):
     "A Trainer for detectors whose runs live in a crowdlens run folder."
     def __init__(self, model, args, run:Run, *, train, val, collate, encode,
                  decode, score, info:dict, backbone_factor:float=.1,
-                 keep:int=8, callbacks=None):
+                 keep:int=8, slim:str="", callbacks=None):
         super().__init__(model, args, train_dataset=train, eval_dataset=val,
                          data_collator=collate, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.run, self.encode, self.decode = run, encode, decode
         self.score, self.info, self.keep = score, info, keep
+        self.slim = slim  # a backbone that never thaws: kept once
         self.backbone_factor, self._part = backbone_factor, (-1, 0)
         self._parts, self.predictions, self.last_scores = {}, None, None
 
@@ -297,7 +286,7 @@ def evaluate(self:DetTrainer, eval_dataset=None, ignore_keys=None,
     self.last_scores = m
     return m
 
-# %% ../../nbs/models/detr_training.ipynb #e5e26403
+# %% ../../nbs/models/detr_training.ipynb #943fade4
 @patch
 def _save_checkpoint(self:DetTrainer, model, trial):
     "Write the run's checkpoint of this epoch."
@@ -322,16 +311,28 @@ def _save_checkpoint(self:DetTrainer, model, trial):
     self.run.save(name, self.model.state_dict(), dict(info, metrics=figs),
         state, None if here is None or here != here else here, self.keep,
         more)
+    if self.slim and self.run.main: slim_older(top, self.slim)
     self.accelerator.wait_for_everyone()
 
-# %% ../../nbs/models/detr_training.ipynb #620e9822
+# %% ../../nbs/models/detr_training.ipynb #9958f8e6
+def slim_older(top,  # the folder of checkpoints
+               backbone:str):  # where the frozen weights came from
+    "Leave the frozen weights out of all checkpoints but last and best."
+    top = Path(top)
+    held = {(top/l).resolve() for l in ("last", "best")}
+    for p in sorted(top.glob("epoch-*")):
+        whole = p/"model.safetensors"
+        if p.resolve() in held or not whole.exists(): continue
+        delta, rec = split_delta(load_file(whole), backbone)
+        with atomic(p/"delta.safetensors") as tmp: save_file(delta, tmp)
+        write_json(p/"crowdlens.json", read_json(p/"crowdlens.json")
+                   | dict(frozen=rec))
+        whole.unlink()
+
+# %% ../../nbs/models/detr_training.ipynb #56439c2c
 @patch
-def restore(
-    self:DetTrainer,
-    path,  # a checkpoint folder
-):
+def restore(self:DetTrainer, path):  # a checkpoint folder
     "Put its weights into the model, every one of them."
-    from safetensors.torch import load_file
     self.model.load_state_dict(load_file(Path(path)/"model.safetensors"))
 
 @patch
