@@ -422,7 +422,7 @@ def _epochs_done(last) -> int:
     f = Path(last)/"trainer_state.json"
     return round(read_json(f)["epoch"]) if f.exists() else 0
 
-# %% ../nbs/03_detr_dinov3.ipynb #d26ad5bc
+# %% ../nbs/03_detr_dinov3.ipynb #1fc3a194
 def make_trainer(cfg, run, model, sets, box, precision, end):
     "The Trainer of one phase, which ends after epoch `end`."
     gt = ground_truth(sets[1].data); ids = sets[1].data.ids
@@ -437,7 +437,9 @@ def make_trainer(cfg, run, model, sets, box, precision, end):
         train=sets[0], val=sets[1], collate=collate, encode=lambda b, d:
             fc.encode_maps(model, encode, b, d),
         decode=decode, score=score, info=info, keep=cfg.keep,
-        backbone_factor=cfg.backbone_lr_factor, callbacks=calls)
+        backbone_factor=cfg.backbone_lr_factor, callbacks=calls,
+        slim=cfg.backbone if cfg.freeze_backbone and
+        cfg.unfreeze_backbone_at_epoch < 0 else "")
 
 # %% ../nbs/03_detr_dinov3.ipynb #ae71cb9c
 def shared_classes(labels, data:DetData) -> np.ndarray:  # a LabelMap

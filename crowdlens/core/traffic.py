@@ -11,6 +11,7 @@ __all__ = ['CLASSES', 'BUS', 'BIKE', 'CAR', 'PED', 'TRUCK', 'LANE', 'M', 'CYCLE'
 import math
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
 from .compiled import njit
 from .raster import hash01
 
@@ -370,23 +371,6 @@ class Traffic:
             before -= .05
         self._first = self.A.copy(), self.X.copy(), self.t
 
-    def _spread(self, rng):
-        "Begin with everybody somewhere on their path, apart."
-        A, X, p = self.A, self.X, self.paths
-        for i in range(len(A)):
-            draw_agent(A, i, self.seed, self.ends)
-            A[i, ON] = 0
-            for _ in range(40):
-                k = int(A[i, PATH])
-                s = rng.uniform(0, .92)*p.length[k]
-                if A[i, KIND] != PED and p.stop[k] - 6 < s < p.curve[k, 1] + 6:
-                    continue
-                x = pose_of(A, i, p.xyh, p.length, s)
-                d = np.hypot(X[:i, 0] - x[0], X[:i, 1] - x[1])
-                if (d > A[:i, HL] + A[i, HL] + 1)[A[:i, ON] > 0].all():
-                    A[i, S], A[i, ON], X[i] = s, 1, x
-                    break
-
     def _step(self, dt):
         p = self.paths
         step(self.A, self.X, p.xyh, p.length, p.stop, p.curve, p.gate,
@@ -404,3 +388,22 @@ class Traffic:
         "Move on, in steps of at most `dt`."
         n = max(1, math.ceil(seconds/self.dt - 1e-9))
         for _ in range(n): self._step(seconds/n)
+
+# %% ../../nbs/core/traffic.ipynb #a7sprd02
+@patch
+def _spread(self:Traffic, rng):
+    "Begin with everybody somewhere on their path, apart."
+    A, X, p = self.A, self.X, self.paths
+    for i in range(len(A)):
+        draw_agent(A, i, self.seed, self.ends)
+        A[i, ON] = 0
+        for _ in range(40):
+            k = int(A[i, PATH])
+            s = rng.uniform(0, .92)*p.length[k]
+            if A[i, KIND] != PED and p.stop[k] - 6 < s < p.curve[k, 1] + 6:
+                continue
+            x = pose_of(A, i, p.xyh, p.length, s)
+            d = np.hypot(X[:i, 0] - x[0], X[:i, 1] - x[1])
+            if (d > A[:i, HL] + A[i, HL] + 1)[A[:i, ON] > 0].all():
+                A[i, S], A[i, ON], X[i] = s, 1, x
+                break
