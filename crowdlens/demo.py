@@ -27,7 +27,7 @@ def attempt(
     except Exception as e:
         return None, str(e) or type(e).__name__, time.time()-t0
 
-# %% ../nbs/demo.ipynb #14ba4b14
+# %% ../nbs/demo.ipynb #1c14c6cf
 def index(rows:list,  # of (stage, result or None, error, seconds)
           path):  # the page
     "Write the page that links every report."
@@ -46,7 +46,8 @@ def index(rows:list,  # of (stage, result or None, error, seconds)
 
 def _block(page, res, folder):
     "Key figures, picture and link of one stage."
-    page.cards({k: res.metrics.get(k) for k in res.key[:6]})
+    page.cards({k.replace("_", " "): res.metrics.get(k) for k in res.key[:6]})
+    if res.note: page.say(res.note)
     pic = res.folder/res.picture
     if res.picture and pic.is_file(): page.picture(pic)
     page.link(os.path.relpath(res.folder/"report.html", folder),

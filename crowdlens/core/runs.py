@@ -64,7 +64,7 @@ def rank() -> int:
     "This process's rank under `torchrun`, else 0."
     return int(os.environ.get("RANK", 0))
 
-# %% ../../nbs/core/runs.ipynb #555b1397
+# %% ../../nbs/core/runs.ipynb #b50547d1
 @dataclass
 class Result:
     "What a finished run left: its folder, figures and products."
@@ -74,6 +74,7 @@ class Result:
     picture:str = ""  # the picture that stands for the run, a file in it
     products:dict = field(default_factory=dict)  # name -> file in the folder
     seconds:float = 0.  # what the last start took
+    note:str = ""  # a sentence on what the figures mean
 
     def __getitem__(self, k): return self.metrics[k]
 
@@ -315,7 +316,7 @@ def _closed(fig):
     import matplotlib.pyplot as plt
     plt.close(fig)
 
-# %% ../../nbs/core/runs.ipynb #b0d186c4
+# %% ../../nbs/core/runs.ipynb #d21b26fe
 @patch
 def finish(self:Run,
     metrics:dict,  # flat key -> figure
@@ -323,12 +324,13 @@ def finish(self:Run,
     key:tuple=(),  # keys that lead the report and the demo's index
     picture="",  # a file in the run's folder that stands for it
     products:dict|None=None,  # name -> file in the run's folder
+    note:str="",  # a sentence on what the figures mean
 ) -> Result:
     "Write report, result and metrics; the run is finished then."
     def rel(p): return str(p and os.path.relpath(p, self.folder))
     extra = dict(key=list(key), picture=rel(picture), products={
         k: rel(v) for k,v in (products or {}).items()},
-        seconds=round(time.time()-self._t0, 2))
+        seconds=round(time.time()-self._t0, 2), note=note)
     if self.main:
         if report: self._settings(report).write(self.folder/"report.html")
         self.log(f"finished in {extra['seconds']:.1f} s")
