@@ -26,7 +26,7 @@ class WithAssets(build_py):
             return
         dst = Path(self.build_lib) / cfg["lib_name"] / "_assets"
         shutil.rmtree(dst, ignore_errors=True)
-        for pattern in ("nbs/[0-9]*.ipynb", "nbs/params/*.yaml", "data/tiny/**/*"):
+        for pattern in ("nbs/[0-9]*.ipynb", "nbs/params/*.yaml", "data/*.json", "data/tiny/**/*"):
             for src in sorted(HERE.glob(pattern)):
                 if src.is_file():
                     out = dst / src.relative_to(HERE)

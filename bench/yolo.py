@@ -48,7 +48,7 @@ def peers_python():
 
 def make_set(root, n, k, size=(640, 360), distinct=16, seed=0):
     "A YOLO set of `n` images with `k` boxes each, made once."
-    if (root / "done").exists():
+    if (root / "made").exists():
         return root
     rng = np.random.default_rng(seed)
     for kind in ("images", "labels"):
@@ -67,9 +67,9 @@ def make_set(root, n, k, size=(640, 360), distinct=16, seed=0):
         (root / f"labels/train/{i:06d}.txt").write_bytes(texts[i % len(texts)])
         (root / f"images/train/{i:06d}.jpg").write_bytes(pics[i % distinct])
     (root / "data.yaml").write_text(
-        "path: .\ntrain: images/train\nval: images/train\n"
+        "path: .\ntrain: images/train\n"
         "names: [person, head]\n")
-    (root / "done").touch()
+    (root / "made").touch()
     return root
 
 

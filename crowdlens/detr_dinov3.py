@@ -584,7 +584,10 @@ def _train(cfg, r):
     write_json(r.folder/"results.json", trainer.predictions.coco(va.ids))
     page, pic = report(cfg, r, figs, trainer.predictions, va, model, box,
                        plan, describe_data(tr, va, cfg))
+    toy = ("A toy backbone with random features learned for seconds: this "
+           "shows that all parts work together, not what DINOv3 can do.")
     return r.finish(figs, page, [k for k in LEAD if k in figs], pic or "",
-        dict(checkpoint=best, results=r.folder/"results.json"))
+        dict(checkpoint=best, results=r.folder/"results.json"),
+        toy if cfg.backbone == "tiny" else "")
 
 runs.main(globals())

@@ -39,12 +39,13 @@ def cache_folder(
 if _here := (cache_folder() if "__file__" in globals() else None):
     nb.config.CACHE_DIR = str(_here)
 
-# %% ../../nbs/core/compiled.ipynb #10b6063f
+# %% ../../nbs/core/compiled.ipynb #fd7d76c3
 def njit(
-    *types,  # a signature, as for `numba.njit`
+    *types,  # a function, or a signature, as for `numba.njit`
     **how,  # as for `numba.njit`
 ):
-    "`numba.njit(…)`, whose `cache` counts for functions of files alone."
+    "`numba.njit`, whose `cache` counts for functions of files alone."
+    if types and hasattr(types[0], "__code__"): return njit(**how)(*types)
     def compiled(f):
         if not os.path.exists(f.__code__.co_filename): how.pop("cache", None)
         return nb.njit(*types, **how)(f)
