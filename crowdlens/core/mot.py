@@ -10,7 +10,7 @@ import configparser,io
 from dataclasses import dataclass,fields
 from pathlib import Path
 import numpy as np
-from .files import InputError,atomic
+from .files import InputError,read_text,atomic
 
 # %% ../../nbs/core/mot.ipynb #0566037f
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ def read_mot(
     zero_based:bool=False,  # the file counts frames from 0: add 1
 ) -> MotRows:
     "The rows of a MOT file; `InputError` names the faulty line."
-    text = _read_text(path)
+    text = read_text(path)
     t = _numbers(text, path)
     n, k = t.shape
     if k == 0: return mot_rows([], [], np.empty((0, 4)))
@@ -83,16 +83,6 @@ def read_mot(
     cls = t[:,7] if k in (8, 9) else np.full(n, -1)
     vis = t[:,8] if k == 9 else np.full(n, np.nan)
     return mot_rows(frame, id, t[:,2:6], t[:,6] if k > 6 else 1., cls, vis)
-
-def _read_text(path) -> str:
-    "The file's text; a byte order mark and Windows line ends are removed."
-    try: raw = Path(path).read_bytes()
-    except OSError as e:
-        raise InputError(f"cannot be read: {e.strerror}", path) from None
-    try: text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as e: raise InputError("not UTF-8 text", path,
-        raw[:e.start].count(b"\n") + 1) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 # %% ../../nbs/core/mot.ipynb #acdc3c67
 def _numbers(text, path) -> np.ndarray: # (R, columns) float64
@@ -181,7 +171,7 @@ def read_seqinfo(
     "Read seqinfo.ini; `InputError` names the key that is missing or wrong."
     path = Path(path)/"seqinfo.ini" if Path(path).is_dir() else Path(path)
     ini = configparser.ConfigParser(interpolation=None)
-    try: ini.read_string(_read_text(path))
+    try: ini.read_string(read_text(path))
     except configparser.Error as e: raise InputError(
         "not an ini file: " + str(e).split("\n")[0], path,
         getattr(e, "lineno", None)) from None
