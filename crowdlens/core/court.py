@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BALL_R', 'step_ball', 'Play', 'make_net', 'lay_over', 'draw_order', 'draw_frame', 'Court']
 
-# %% ../../nbs/core/court.ipynb #943ec3c5
-import math
+# %% ../../nbs/core/court.ipynb #5c9e135d
+import itertools,math
 import cv2
 import numpy as np
 from fastcore.basics import patch
@@ -421,15 +421,17 @@ def truth(self:Court,
         distractors_xyxy=boxes, distractor_ids=np.arange(1, m + 1),
         distractors_visible=np.minimum(1, vis).astype(np.float32))
 
-# %% ../../nbs/core/court.ipynb #b6b0aef7
+# %% ../../nbs/core/court.ipynb #a66a29c3
 @patch
 def frames(self:Court,
-    n:int|None=None, # how many; None: without end
+    n:int|None=None, # frames that pass; None: without end
+    every:int=1, # draw the first, and then each every-th, alone
 ): # yields image (H, W, 3) uint8 RGB, Truth
     "Frames from the beginning; the same ones at every call."
-    play, k = Play(self.seed, self.people, self.fps), 0
-    while n is None or k < n:
+    play = Play(self.seed, self.people, self.fps)
+    for k in itertools.count() if n is None else range(n):
         if k: play.step()
+        if k % every: continue
         t = self.truth(play, *self.draw(play))
         img = self.canvas.image.copy()
         if self.blur: img = cv2.GaussianBlur(img, (3, 3), 0)
@@ -437,4 +439,3 @@ def frames(self:Court,
         dx = int(900*hash01(self.seed, k, 6))
         expose(img, self.tile, dy, dx, self.gain)
         yield img, t
-        k += 1

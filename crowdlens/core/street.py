@@ -51,7 +51,7 @@ def draw_camera(
     c = (w/2 + rng.normal()*.008*w, h/2 + rng.normal()*.008*h)
     return Fisheye(r/t, c, roll @ pose, tuple(size), t)
 
-# %% ../../nbs/core/street.ipynb #3b124c2e
+# %% ../../nbs/core/street.ipynb #5f6bf8ad
 @njit(cache=True)
 def paint_ground(
     cv,  # canvas
@@ -97,7 +97,7 @@ def paint_ground(
             cv.rgb[i, j, 1] = g*(q + c)*(1-f) + f*hz[1]
             cv.rgb[i, j, 2] = b*(u + e)*(1-f) + f*hz[2]
 
-# %% ../../nbs/core/street.ipynb #0dc78a53
+# %% ../../nbs/core/street.ipynb #2c54bb2a
 @njit(cache=True)
 def lamp_light(
     lamps, x, y, z, night, # (n, 3) metres; a point; 0..1
@@ -110,7 +110,7 @@ def lamp_light(
     s = 1.25*min(s, 1.2)*max(0., night - .3)
     return 1.02*s, .8*s, .5*s
 
-# %% ../../nbs/core/street.ipynb #7fc91b6c
+# %% ../../nbs/core/street.ipynb #58101327
 @njit(cache=True)
 def meet_ground(
     rays, eye, pad, H, W, # of a canvas
@@ -145,7 +145,7 @@ def halve(
     "Mean of two by two samples."
     return (a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2])*.25
 
-# %% ../../nbs/core/street.ipynb #bb3dcd3e
+# %% ../../nbs/core/street.ipynb #b1962d66
 @dataclass
 class Standing:
     "A scene without its traffic."
@@ -159,7 +159,7 @@ class Standing:
     lit: np.ndarray # (H, W) float32: sun that arrives, 0..1
     kept: np.ndarray # (M,) pixels of each look-alike that are seen
 
-# %% ../../nbs/core/street.ipynb #78447200
+# %% ../../nbs/core/street.ipynb #38cb1de2
 def rim_of(
     camera, # a camera with its size
     dark=.3, # how much darker the edge of the circle is
@@ -173,7 +173,7 @@ def rim_of(
     if camera.kind == 1: a *= np.clip(c - r + .5, 0, 1)
     return a.astype(np.float32)
 
-# %% ../../nbs/core/street.ipynb #76c75fcc
+# %% ../../nbs/core/street.ipynb #c4c8d0df
 def paint_standing(
     camera, plan:Plan, light:Light, things:Furniture,
     seed:int, # the site's
@@ -231,7 +231,7 @@ def _draw_things(cv, things, L):
                          0., L, 1., num, box)
     return boxes[:-1]
 
-# %% ../../nbs/core/street.ipynb #1690d006
+# %% ../../nbs/core/street.ipynb #17408085
 @njit(cache=True)
 def beam(
     cam, ground, x, y, h, hl, power, out, # place, heading, half length
@@ -257,7 +257,7 @@ def beam(
             f = 1. - a*.0714
             out[i, j] += power*min(1., a*.8)*f*f*f*q*q*q
 
-# %% ../../nbs/core/street.ipynb #b844cf26
+# %% ../../nbs/core/street.ipynb #bca476a9
 @njit(cache=True)
 def glow(
     cv, x, y, z, metres, r, g, b, power, # a lamp: place, size, colour
@@ -328,7 +328,7 @@ def expose(
             v = a[j]*k[j] + row[dx + j]*s + half
             o[j] = np.uint8(np.int32(min(hi, max(lo, v))))
 
-# %% ../../nbs/core/street.ipynb #117ad744
+# %% ../../nbs/core/street.ipynb #ba7339c1
 @njit(cache=True)
 def draw_traffic(
     cv, A, X, seed, L, lamps, lit, ground, # agents, poses, light, Standing
@@ -374,7 +374,7 @@ def draw_traffic(
             vehicle_lamps(cv, X[k, 0], X[k, 1], X[k, 2], A[k, HL], A[k, HW],
                           A[k, V], A[k, V0], A[k, KIND] == BIKE, night)
 
-# %% ../../nbs/core/street.ipynb #01511ebf
+# %% ../../nbs/core/street.ipynb #dfb63cd8
 @njit(cache=True)
 def draw_signals(
     cv, signals, t, L, box, # (n, 4) x, y, z, gate; time; scratch box
@@ -393,7 +393,7 @@ def draw_signals(
                      BACKGROUND, box)
         glow(cv, p[0], p[1], p[2], .2, c[0], c[1], c[2], .25 + .3*L[12])
 
-# %% ../../nbs/core/street.ipynb #01bbb562
+# %% ../../nbs/core/street.ipynb #3b851ded
 class Street:
     "A street crossing under a fisheye camera."
     classes, actions = CLASSES, ["stand", "walk"]
@@ -424,15 +424,16 @@ class Street:
             0, 1, (256, 3*self.size[0] + 997)), -4, 4).astype(np.float32)
 
     def frames(self,
-        n:int, # how many
+        n:int, # frames that pass
+        every:int=1, # draw the first, and then each every-th, alone
     ): # of (image (H, W, 3) uint8 RGB, Truth)
         "The first n frames with what is true of them."
         self.traffic.restart()
         for k in range(1, n + 1):
-            yield self.draw(k)
+            if (k - 1) % every == 0: yield self.draw(k)
             self.traffic.forward(1/self.fps)
 
-# %% ../../nbs/core/street.ipynb #4609a59a
+# %% ../../nbs/core/street.ipynb #3bb47aa2
 @patch
 def draw(self:Street,
     index:int, # frame number, from 1
@@ -458,7 +459,7 @@ def draw(self:Street,
            out.reshape(h, -1))
     return out, self._truth(index, boxes)
 
-# %% ../../nbs/core/street.ipynb #39630de3
+# %% ../../nbs/core/street.ipynb #5082b81f
 @patch
 def _truth(self:Street, index, boxes):
     "What is true of the frame just drawn."

@@ -57,10 +57,11 @@ class World:
         return (f"World({self.name!r}, seed={self.seed}, size={w}x{h}, "
                 f"split {split_of(self.seed)})")
 
-# %% ../../nbs/core/world.ipynb #ed102cab
+# %% ../../nbs/core/world.ipynb #5c483972
 @patch
 def frames(self:World,
-    n:int=100, # how many
+    n:int=100, # frames that pass
+    every:int=1, # draw the first, and then each every-th, alone
 ): # yields image (H, W, 3) uint8 RGB, Truth
-    "The first `n` frames."
-    return self.scene.frames(n)
+    "The first `n` frames, or some of them: what is not drawn costs little."
+    return self.scene.frames(n, every)
