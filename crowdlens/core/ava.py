@@ -6,7 +6,7 @@
 __all__ = ['AvaRows', 'ava_rows', 'read_ava', 'save_ava', 'read_labelmap', 'read_label_types', 'write_labelmap', 'read_excluded',
            'read_seconds', 'nearest_frame']
 
-# %% ../../nbs/core/ava.ipynb #0a56a0be
+# %% ../../nbs/core/ava.ipynb #9137cd65
 import csv,io,re
 from dataclasses import dataclass,fields
 from pathlib import Path
@@ -51,7 +51,7 @@ def ava_rows(
                    col(action, np.int32), col(person, np.int32),
                    col(score, float))
 
-# %% ../../nbs/core/ava.ipynb #57c21877
+# %% ../../nbs/core/ava.ipynb #337120e2
 def read_ava(
     path,  # ava_train_v2.2.csv and the like
     scored:bool=False,  # the eighth column is a score, not a person
@@ -68,11 +68,12 @@ def read_ava(
     fill = lambda v: np.where(np.isnan(v), -1, v)
     action = fill(num[5]) if scored else num[5]
     person = fill(none if scored else last)
-    _check_ava(num[0], box, action, person, scored, path, text)
+    _check_ava(num[0], box, action, last if scored else person, scored, path,
+               text)
     return ava_rows(movie, num[0], box, action, person,
                     last if scored else np.nan)
 
-# %% ../../nbs/core/ava.ipynb #31201cff
+# %% ../../nbs/core/ava.ipynb #26d492ad
 def _columns(text, path) -> list: # of arrays: str, then float64, NaN: empty
     "The columns of a CSV or tab-separated text."
     if not text.strip(): return [np.empty(0, object)]
@@ -97,21 +98,22 @@ def _columns_by_line(text, path, tab, k):
     try:
         for r in got:
             if not "".join(r).strip() and len(r) < 2: continue
-            if len(r) != k: raise InputError(f"{len(r)} columns, the first "
-                f"row has {k}", path, got.line_num)
+            if len(r) != k and {len(r), k} != {7, 8}: raise InputError(
+                f"{len(r)} columns, the first row has {k}", path, got.line_num)
             rows.append([r[0].strip(), *map(number, r[1:])])
     except csv.Error as e:
         raise InputError(f"not a CSV file: {e}", path, got.line_num) from None
     if not rows: return [np.empty(0, object)]
-    movie, *num = zip(*rows)
+    k = max(map(len, rows))
+    movie, *num = zip(*(r + [np.nan]*(k - len(r)) for r in rows))
     return [np.array(movie, object), *map(np.array, num)]
 
 def _line_of(text, row) -> int:
     "The line, from 1, of data row `row`, from 0."
     return [i for i,l in enumerate(text.split("\n"), 1) if l.strip()][row]
 
-# %% ../../nbs/core/ava.ipynb #6ed8fbf9
-def _check_ava(second, box, action, person, scored, path, text):
+# %% ../../nbs/core/ava.ipynb #520dac16
+def _check_ava(second, box, action, last, scored, path, text):
     "Raise `InputError` for the first row that breaks a rule."
     whole = lambda v: np.isfinite(v) & (v == np.floor(v))
     with np.errstate(invalid="ignore"): tests = [
@@ -119,10 +121,10 @@ def _check_ava(second, box, action, person, scored, path, text):
         (~np.isfinite(box).all(1), "a coordinate is missing, NaN or infinite"),
         ((abs(box) > 2).any(1), "coordinates must be fractions of the frame"),
         (~whole(action) | (action < 1) & (action != -1),
-         "the action must be a whole number from 1"),
-        (~whole(person), "the person must be a whole number")]
-    if not scored: tests.append(((box[:,:2] >= box[:,2:]).any(1),
-                                 "an empty box"))
+         "the action must be a whole number from 1")]
+    if scored: tests.append((~np.isfinite(last), "a score is missing"))
+    else: tests += [(~whole(last), "the person must be a whole number"),
+        ((box[:,:2] >= box[:,2:]).any(1), "an empty box")]
     for bad,msg in tests:
         if bad.any(): raise InputError(msg, path, _line_of(text, int(
             bad.argmax())), "divide by the frame's width and height"
@@ -147,7 +149,7 @@ def save_ava(
             m = f'"{m}"' if re.search(r"[,\t]", m) else m
             f.write(fmt % (m, s, *b, "" if a < 0 else a, p))
 
-# %% ../../nbs/core/ava.ipynb #4b2f1382
+# %% ../../nbs/core/ava.ipynb #7ce10a93
 def read_labelmap(
     path,  # a .pbtxt -> id: name
 ) -> dict[int,str]:
@@ -187,7 +189,7 @@ def _close_block(out, block, path, began):
                                        began)
     out[int(n)] = block
 
-# %% ../../nbs/core/ava.ipynb #62a89287
+# %% ../../nbs/core/ava.ipynb #15e0595c
 def write_labelmap(
     path,
     names,  # {number: name}, or a list, numbered from 1
