@@ -15,7 +15,8 @@ HERE = Path(__file__).resolve().parent
 
 # every kind that has a check; its cases under golden/ must pass
 DONE = {("dfine", "detection-metrics"), ("dfine", "wbf"), ("dfine", "submission")}
-DONE |= {("slowfast", kind) for kind in "ava_eval boxes".split()}  # data and scores of actions
+DONE |= {("dfine", kind) for kind in "forward criterion loss recipe".split()}  # D-FINE: weights, loss, recipe
+DONE |= {("slowfast", kind) for kind in "ava_eval boxes color_jitter resize sampling".split()}  # data and scores of actions
 
 
 @pytest.mark.parametrize("system,kind", sorted(DONE))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Inert', 'read_weights', 'Loaded', 'fill', 'old_names', 'backbone_of', 'detr_config', 'lightning_state',
-           'load_lightning', 'from_detr_repo', 'Checkpoint', 'open', 'geometry_of', 'tensors_hash', 'split_delta',
-           'join_delta', 'remake_heads']
+           'load_lightning', 'from_detr_repo', 'Checkpoint', 'load_dfine', 'open', 'geometry_of', 'tensors_hash',
+           'split_delta', 'join_delta', 'remake_heads']
 
 # %% ../../nbs/models/checkpoints.ipynb #30b0ceab
 import hashlib,importlib,pickle,re,tarfile,types,warnings
@@ -315,6 +315,16 @@ class Checkpoint:
             f"{', '.join(self.labels.names[:6])}; {g.height} x {g.width} "
             f"{g.fit}; {self.loaded}")
 
+# %% ../../nbs/models/checkpoints.ipynb #606b163f
+def load_dfine(
+    source,  # a .pth, a Hub id, what a file held, or name -> array
+    size=None,  # n, s, m, l or x, to be checked; None: as the weights say
+    **options,  # names, and more of `crowdlens.models.dfine.load_dfine`
+):
+    "A `DFineForObjectDetection` with published D-FINE weights."
+    return importlib.import_module("crowdlens.models.dfine").load_dfine(
+        source, size, **options)
+
 # %% ../../nbs/models/checkpoints.ipynb #51d99d82
 # weights of others, told by a name: what it is, who reads it
 PUBLISHED = {"decoder.dec_score_head.0.weight":
@@ -344,7 +354,7 @@ def _rest(hints):
     return {k: v for k, v in hints.items()
             if k not in ("geometry", "mean", "std")}
 
-# %% ../../nbs/models/checkpoints.ipynb #2a55425d
+# %% ../../nbs/models/checkpoints.ipynb #094564be
 def _ours(p, hints):
     "A checkpoint folder of a run."
     info = read_json(p/"crowdlens.json")
@@ -375,6 +385,9 @@ def _wrap(model, hints, source="", **found):
     found.setdefault("labels", LabelMap.make({int(i): n for i, n in
                                               c.id2label.items()}))
     found.setdefault("loaded", getattr(model, "loaded", None))
+    if c.model_type == "d_fine" and "geometry" not in found:
+        found |= dict(geometry=Letterbox(640, 640, 32, "stretch"),
+                      mean=(0.,)*3, std=(1.,)*3)  # as it is published
     if "geometry" not in found:
         vit = getattr(c.backbone_config, "model_type", "") == "dinov3_vit"
         found["geometry"] = Letterbox(800, 1333, 16 if vit else 1, "keep",
