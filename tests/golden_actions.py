@@ -1,10 +1,12 @@
 """Golden checks of action data and scores: clips, boxes, lists, frame-mAP."""
+import json
 import re
 
 import numpy as np
 
 from crowdlens.core import action_boxes as ab
 from crowdlens.core.ava import read_ava, read_excluded, read_labelmap
+from crowdlens.core.clips import HSV_REACH, ClipRule, fit_size, normalise, pick_frames, resize, shift_hsv
 from crowdlens.metrics import actions
 from goldenkit import case
 
@@ -49,3 +51,51 @@ def boxes(c, path):
     got, s = ab.top_boxes(clipped, top["scores"], top["k"])
     yield "top_k boxes", got.tolist(), top["boxes"], tol
     yield "top_k scores", s.tolist(), top["scores_out"], 1e-7
+
+
+def frames(seed, t, h, w):
+    "The README's frames: coarse blocks and noise from one generator."
+    rng = np.random.default_rng(seed)
+    c = rng.integers(0, 256, (t // 8, -(-h // 16), -(-w // 16), 3))
+    c = c.repeat(8, 0).repeat(16, 1).repeat(16, 2)[:t, :h, :w]
+    return ((3 * c + rng.integers(0, 256, (t, h, w, 3))) // 4).astype(np.uint8)
+
+
+@case("slowfast", "sampling")
+def sampling(c, path):
+    for key in (k for k in c if re.fullmatch(r"resize_\d+_\d+", k)):
+        rule = ClipRule(short=int(key.split("_")[1]), long=int(key.split("_")[2]))
+        for r in c[key]:
+            got = list(fit_size(r["h"], r["w"], rule))
+            quirk = got == [r["w"], r["h"]] and r["h"] != r["w"]  # there the published code swaps width and height
+            yield f"{key} of {r['h']}x{r['w']}", got[::-1] if quirk else got, r["cv2_size_wh"], 0
+            yield f"{key} of {r['h']}x{r['w']}, swapped there", quirk, r["quirk_swapped"], 0
+    for r in c["temporal"]:
+        rule = ClipRule(frames=r["frame_num"], rate=r["sample_rate"], tau=r["tau"], alpha=r["alpha"])
+        slow, fast = pick_frames(rule, r["raw_frames"])
+        yield f"slow of {r['raw_frames']}", slow.tolist(), r["slow"], 0
+        yield f"fast of {r['raw_frames']}", fast.tolist(), r["fast"], 0
+
+
+@case("slowfast", "resize")
+def resized(c, path):
+    z = np.load(path.parent / c["arrays"])
+    note = json.loads((path.parent / "sampling.json").read_text())["resize_npz"]
+    seed, t, h, w, short, long = map(int, re.search(
+        r"seed (\d+), T (\d+), (\d+)x(\d+)\) resized with min (\d+), max (\d+)", note).groups())
+    rule = ClipRule(short=short, long=long)
+    got = np.stack([resize(im, fit_size(h, w, rule)) for im in frames(seed, t, h, w)])
+    tol = c["tolerance"]["grey_levels"]
+    yield "shape", np.array(got.shape), z["out_shape"], 0
+    n = len(z["out"])
+    yield "pixels", got[:n], z["out"], tol
+    yield "normalised", normalise(got[:1], rule)[:, 0], z["normalized_first_frame"], tol / min(rule.std) * 1.001
+
+
+@case("slowfast", "color_jitter")
+def color_jitter(c, path):
+    z = np.load(path.parent / c["arrays"])
+    tol = c["tolerance"]["grey_levels"]
+    yield "bounds", np.array(HSV_REACH), z["bounds"], 0
+    for by, want in zip(z["shifts"], z["out"], strict=True):
+        yield f"shift by {by.tolist()}", shift_hsv(z["image"], tuple(map(int, by))), want, tol
