@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers.models.detr.modeling_detr import DetrMLP
 
-# %% ../../nbs/models/lean.ipynb #8b133365
+# %% ../../nbs/models/lean.ipynb #28229d26
 def _quick(x, w, b=None): return torch.ops.mkldnn._linear_pointwise(
     x, w, b, "none", [], "")
 
@@ -43,21 +43,24 @@ class FastLinear(nn.Linear):
     def forward(self, x):
         w = self.weight
         usual = (x.device.type != "cpu" or x.dtype != torch.float32
-            or w.dtype != x.dtype or x.dim() < 2 or x.shape[:-1].numel() < 32
+            or w.dtype != x.dtype or x.dim() < 2
+            or x.shape[:-1].numel()*w.numel() < 4_000_000
             or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
             or torch.compiler.is_compiling())
         if usual: return F.linear(x, w, self.bias)
         if not torch.is_grad_enabled(): return _quick(x, w, self.bias)
         return _Product.apply(x, w, self.bias)
 
-# %% ../../nbs/models/lean.ipynb #437c6709
+# %% ../../nbs/models/lean.ipynb #3efeb833
 class LeanMLP(DetrMLP):
     "The small network of a layer; its inside is made again in backward."
     def wide(self, x): return self.fc2(self.activation_fn(self.fc1(x)))
 
     def forward(self, x):
-        keep = self.training and torch.is_grad_enabled()
-        if not keep or self.activation_dropout: return super().forward(x)
+        inside = x.shape[:-1].numel()*self.fc1.out_features  # floats
+        again = (self.training and torch.is_grad_enabled()
+                 and not self.activation_dropout and inside > 500_000)
+        if not again: return super().forward(x)
         x = checkpoint(self.wide, x, use_reentrant=False,
                        preserve_rng_state=False)
         return F.dropout(x, self.dropout)
