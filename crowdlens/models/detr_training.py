@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['EpochSampler', 'seed_step', 'in_backbone', 'param_groups', 'thaw', 'is_oom', 'first_that_fits', 'all_agree',
-           'Predictions', 'ground_truth', 'DetTrainer', 'slim_older', 'StopAfter', 'phases']
+           'several', 'from_main', 'main_first', 'Predictions', 'ground_truth', 'Average', 'waited', 'Patience',
+           'DetTrainer', 'slim_older', 'StopAfter', 'phases']
 
-# %% ../../nbs/models/detr_training.ipynb #40a6021a
-import math,time
+# %% ../../nbs/models/detr_training.ipynb #45047496
+import contextlib,math,os,time
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load_file,save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from transformers import PrinterCallback,Trainer,TrainerCallback
 from ..core.detection_data import DetData
 from ..core.files import InputError,atomic,read_json,write_json
@@ -21,10 +23,13 @@ from ..core.runs import Run
 from ..metrics.tables import Detections,GroundTruth,gather
 from .checkpoints import split_delta
 
-# %% ../../nbs/models/detr_training.ipynb #7d014e11
+# %% ../../nbs/models/detr_training.ipynb #ba7bfe36
 class EpochSampler(torch.utils.data.Sampler):
     "Yields (epoch, index), shuffled anew in each epoch."
-    def __init__(self, n:int, seed:int=0): # images; seed of the order
+    def __init__(self,
+        n:int,  # images
+        seed:int=0,  # of the order
+    ):
         self.n, self.seed, self.epoch = n, seed, 0
 
     def __len__(self): return self.n
@@ -41,8 +46,10 @@ def seed_step(seed:int, step:int, part:int=0, rank:int=0):
     words = np.random.SeedSequence([seed, step, part, rank]).generate_state(2)
     torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
-# %% ../../nbs/models/detr_training.ipynb #e3967445
-def in_backbone(name:str) -> bool:  # of a parameter
+# %% ../../nbs/models/detr_training.ipynb #8b9fd760
+def in_backbone(
+    name:str,  # of a parameter
+) -> bool:
     "Whether a parameter belongs to the backbone."
     return ".backbone." in f".{name}"
 
@@ -57,13 +64,16 @@ def param_groups(model, lr:float,  # of the new parts
     return [dict(params=pick(False), lr=lr, weight_decay=decay),
             dict(params=pick(True), lr=lr*factor, weight_decay=decay)]
 
-def thaw(model, on:bool=True):  # True: the backbone learns
+def thaw(
+    model,
+    on:bool=True,  # whether the backbone learns
+):
     "Thaw or freeze the backbone's weights; it stays in evaluation mode."
     for n,p in model.named_parameters():
         if in_backbone(n): p.requires_grad_(on and "mask_token" not in n)
     return model
 
-# %% ../../nbs/models/detr_training.ipynb #861fbce4
+# %% ../../nbs/models/detr_training.ipynb #381206e7
 def is_oom(e:BaseException) -> bool:
     "Whether `e` says that memory ran out."
     text = str(e).lower()
@@ -90,14 +100,37 @@ def first_that_fits(tries:list, # of anything, the wanted one first
 
 def all_agree(ok:bool) -> bool:
     "Whether every rank says yes."
+    if not several(): return ok
     d = torch.distributed
-    if not (d.is_available() and d.is_initialized()): return ok
     t = torch.tensor(float(ok), device="cuda" if d.get_backend() == "nccl"
                      else "cpu")
     d.all_reduce(t, d.ReduceOp.MIN)
     return bool(t.item())
 
-# %% ../../nbs/models/detr_training.ipynb #2d98f2ae
+# %% ../../nbs/models/detr_training.ipynb #0bfb13a0
+def several() -> bool:
+    "Whether processes work together; under `torchrun` they meet here."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: _state()
+    d = torch.distributed
+    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
+
+def _state():
+    "accelerate's view of the processes; the first call joins them."
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available())
+
+def from_main(value):
+    "What rank 0 has, on every rank."
+    if not several(): return value
+    got = [value]; torch.distributed.broadcast_object_list(got)
+    return got[0]
+
+def main_first():
+    "A context that rank 0 passes through before the others enter it."
+    return _state().main_process_first() if several() else (
+        contextlib.nullcontext())
+
+# %% ../../nbs/models/detr_training.ipynb #382c1bbf
 class Predictions:
     "Detections of many images, as arrays in the order they came."
     def __init__(self): self.parts, self.seen = [], set()
@@ -110,18 +143,18 @@ class Predictions:
             np.asarray(boxes_xyxy, np.float32).reshape(-1, 4),
             np.asarray(scores, np.float32), np.asarray(labels, np.int64)))
 
-    def arrays(self):  # image ids (N,), boxes (N,4), scores (N,), labels (N,)
-        "All detections."
+    def arrays(self):
+        "All detections: image ids (N,), boxes (N,4), scores, labels."
         if not self.parts: return (np.zeros(0, np.int64), np.zeros((0,4),
             np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
         return tuple(np.concatenate(c) for c in zip(*self.parts))
 
-# %% ../../nbs/models/detr_training.ipynb #03c246d7
+# %% ../../nbs/models/detr_training.ipynb #9e9b6f4a
 @patch
 def gather(self:Predictions):
     "Those of all ranks, on each of them."
     d = torch.distributed
-    if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
+    if several():
         every = [None]*d.get_world_size()
         d.all_gather_object(every, (self.parts, self.seen))
         self.parts, self.seen = [], set()
@@ -144,7 +177,10 @@ def table(self:Predictions, gt:GroundTruth, # of the same images
                   split(labels), ids)
 
 @patch
-def coco(self:Predictions, ids:list) -> list[dict]: # category ids of labels
+def coco(
+    self:Predictions,
+    ids:list,  # category id of each label
+) -> list[dict]:
     "COCO results."
     im, b, s, l = self.arrays()
     xywh = np.concatenate([b[:, :2], b[:, 2:] - b[:, :2]], 1)
@@ -164,12 +200,82 @@ def ground_truth(d:DetData) -> GroundTruth:
         np.searchsorted(d.ids, d.categories), np.concatenate([b[:, :2],
         b[:, 2:] - b[:, :2]], 1), d.areas, d.crowd)
 
-# %% ../../nbs/models/detr_training.ipynb #c76df9e6
+# %% ../../nbs/models/detr_training.ipynb #38d939d0
+class Average(TrainerCallback):
+    "The exponential mean of a model's learning weights."
+    def __init__(self,
+        model,
+        decay:float,  # .999: over a thousand steps
+    ):
+        self.live = {n: p for n,p in model.named_parameters()
+                     if p.requires_grad}
+        self.now = nn.ParameterList(self.live.values())
+        self.mean = AveragedModel(self.now,
+                                  multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update(self):
+        "Take in the weights as they are now."
+        self.mean.update_parameters(self.now)
+
+    def on_optimizer_step(self, args, state, control, **kw): self.update()
+
+    def swap(self):
+        "Exchange mean and weights within the model."
+        for a,b in zip(self.live.values(), self.mean.module.parameters()):
+            a.data, b.data = b.data, a.data
+
+    @contextlib.contextmanager
+    def shown(self):
+        "The model with the mean in it, for a while."
+        self.swap()
+        try: yield
+        finally: self.swap()
+
+# %% ../../nbs/models/detr_training.ipynb #9f65c779
+@patch
+def state(self:Average) -> dict:
+    "What the model's weights do not tell once they are the mean."
+    return dict(steps=int(self.mean.n_averaged), weights={
+        n: p.detach().cpu().clone() for n,p in self.live.items()})
+
+@patch
+def load(
+    self:Average,
+    s:dict,  # from `state`; the model holds the mean
+):
+    "Go on from `state`; weights that learn since then start as they are."
+    for p,m in zip(self.live.values(), self.mean.module.parameters()):
+        m.data.copy_(p.data)
+    for n,w in s["weights"].items():
+        if n in self.live: self.live[n].data.copy_(w)
+    self.mean.n_averaged.fill_(s["steps"])
+
+# %% ../../nbs/models/detr_training.ipynb #ef8b1223
+def waited(log:list, # rows with `eval_map` and `epoch`
+           since:float=0,  # epochs before this do not count
+    ) -> int:
+    "Epochs since the best one."
+    maps = [r["eval_map"] for r in log if r.get("epoch", 0) > since
+            and "eval_map" in r]
+    if not maps: return 0
+    return len(maps) - 1 - int(np.argmax(np.nan_to_num(maps, nan=-1)))
+
+class Patience(TrainerCallback):
+    "Ends a training that has waited long enough."
+    def __init__(self, epochs:int, since:float=0):
+        self.epochs, self.since = epochs, since
+
+    def on_evaluate(self, args, state, control, **kw):
+        if waited(state.log_history, self.since) >= self.epochs:
+            control.should_training_stop = True
+        return control
+
+# %% ../../nbs/models/detr_training.ipynb #b16fdba3
 class DetTrainer(Trainer):
     "A Trainer for detectors whose runs live in a crowdlens run folder."
     def __init__(self, model, args, run:Run, *, train, val, collate, encode,
                  decode, score, info:dict, backbone_factor:float=.1,
-                 keep:int=8, slim:str="", callbacks=None):
+                 keep:int=8, slim:str="", ema:float=0., callbacks=None):
         super().__init__(model, args, train_dataset=train, eval_dataset=val,
                          data_collator=collate, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
@@ -178,6 +284,8 @@ class DetTrainer(Trainer):
         self.slim = slim  # a backbone that never thaws: kept once
         self.backbone_factor, self._part = backbone_factor, (-1, 0)
         self._parts, self.predictions, self.last_scores = {}, None, None
+        self.average = Average(self.model, ema) if ema else None
+        if ema: self.add_callback(self.average)
 
 # %% ../../nbs/models/detr_training.ipynb #db0f5498
 @patch
@@ -246,7 +354,7 @@ def log(self:DetTrainer, logs, *args, **kw):
     Trainer.log(self, {k: v for k,v in logs.items() if v is not None},
                 *args, **kw)
 
-# %% ../../nbs/models/detr_training.ipynb #5cca9dc7
+# %% ../../nbs/models/detr_training.ipynb #73a8c6ce
 @patch
 def predict_set(self:DetTrainer, dataset=None, say:str="evaluate"):
     "`Predictions` of a data set, and the mean loss of its batches."
@@ -255,14 +363,29 @@ def predict_set(self:DetTrainer, dataset=None, say:str="evaluate"):
     if model is self.model and not self.accelerator._models:
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
     model.eval(); got, losses = Predictions(), []
-    for batch in loader:
-        inputs = self._prepare_inputs(batch)
-        with torch.inference_mode(), self.compute_loss_context_manager():
-            out = model(**inputs)
-        if out.loss is not None: losses.append(out.loss.float())
-        for image_id,*d in self.decode(out, batch): got.add(image_id, *d)
-    loss = torch.stack(losses).mean().item() if losses else math.nan
-    return got.gather(), loss
+    with self.judged():
+        for batch in loader:
+            inputs = self._prepare_inputs(batch)
+            with torch.inference_mode(), self.compute_loss_context_manager():
+                out = model(**inputs)
+            if out.loss is not None: losses.append(out.loss.float())
+            for image_id,*d in self.decode(out, batch): got.add(image_id, *d)
+    return got.gather(), _mean_of_all(losses)
+
+# %% ../../nbs/models/detr_training.ipynb #e5951c85
+def _mean_of_all(losses):
+    "The mean of every rank's losses."
+    got = [x.item() for x in losses]
+    if several():
+        every = [None]*torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(every, got)
+        got = sum(every, [])
+    return sum(got)/len(got) if got else math.nan
+
+@patch
+def judged(self:DetTrainer):
+    "A context in which the model holds the weights that count."
+    return self.average.shown() if self.average else contextlib.nullcontext()
 
 @patch
 def evaluate(self:DetTrainer, eval_dataset=None, ignore_keys=None,
@@ -272,7 +395,8 @@ def evaluate(self:DetTrainer, eval_dataset=None, ignore_keys=None,
     self.predictions, loss = self.predict_set(eval_dataset)
     took = time.time() - t0
     m = dict(self.score(self.predictions), loss=loss)
-    m["images_per_second"] = len(self.predictions.seen)/max(took, 1e-9)
+    m["images"] = len(self.predictions.seen)
+    m["images_per_second"] = m["images"]/max(took, 1e-9)
     m = {f"{metric_key_prefix}_{k}": v for k,v in m.items()}
     if m.get("eval_map", 0) is None: m["eval_map"] = math.nan
     shown = {k: v for k,v in m.items() if v is not None}
@@ -286,7 +410,7 @@ def evaluate(self:DetTrainer, eval_dataset=None, ignore_keys=None,
     self.last_scores = m
     return m
 
-# %% ../../nbs/models/detr_training.ipynb #943fade4
+# %% ../../nbs/models/detr_training.ipynb #3507eadc
 @patch
 def _save_checkpoint(self:DetTrainer, model, trial):
     "Write the run's checkpoint of this epoch."
@@ -302,15 +426,16 @@ def _save_checkpoint(self:DetTrainer, model, trial):
     scaler = getattr(self.accelerator, "scaler", None)
     state = dict(optimizer=self.optimizer.state_dict(), epoch=e,
         scheduler=self.lr_scheduler.state_dict(),
+        average=self.average.state() if self.average else None,
         scaler=scaler.state_dict() if scaler else None)
     def more(folder):
         self.model.config.save_pretrained(folder)
         self.state.save_to_json(str(Path(folder)/"trainer_state.json"))
         if save := self.info.get("save"): save(folder)
     info = {k: v for k,v in self.info.items() if k != "save"}
-    self.run.save(name, self.model.state_dict(), dict(info, metrics=figs),
-        state, None if here is None or here != here else here, self.keep,
-        more)
+    with self.judged(): self.run.save(name, self.model.state_dict(),
+        dict(info, metrics=figs), state, None if here is None or here != here
+        else here, self.keep, more)
     if self.slim and self.run.main: slim_older(top, self.slim)
     self.accelerator.wait_for_everyone()
 
@@ -329,15 +454,27 @@ def slim_older(top,  # the folder of checkpoints
                    | dict(frozen=rec))
         whole.unlink()
 
-# %% ../../nbs/models/detr_training.ipynb #56439c2c
+# %% ../../nbs/models/detr_training.ipynb #405563ff
 @patch
-def restore(self:DetTrainer, path):  # a checkpoint folder
-    "Put its weights into the model, every one of them."
+def restore(
+    self:DetTrainer,
+    path,  # a checkpoint folder
+):
+    "Put its weights into the model, every one of them; training is over."
     self.model.load_state_dict(load_file(Path(path)/"model.safetensors"))
+    self.average = None
 
 @patch
 def _load_from_checkpoint(self:DetTrainer, path, model=None):
-    self.restore(path)
+    average = self.average; self.restore(path); self.average = average
+    s = torch.load(Path(path)/"state.pt", map_location="cpu",
+                   weights_only=True).get("average")
+    if average and s: average.load(s)
+
+@patch
+def _finalize_training(self:DetTrainer, *args, **kw):
+    if self.average: self.average.swap(); self.average = None
+    return Trainer._finalize_training(self, *args, **kw)
 
 @patch
 def _load_best_model(self:DetTrainer):
