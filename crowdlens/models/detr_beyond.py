@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BeyondConfig', 'SeveralBlocks', 'projection', 'logit', 'anchors', 'sines', 'BeyondDetr', 'arrange', 'build_beyond']
 
-# %% ../../nbs/models/detr_beyond.ipynb #a67aa6fa
-import math
+# %% ../../nbs/models/detr_beyond.ipynb #6b88d795
+import copy,math
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -235,7 +235,7 @@ def arrange(
         model.proposal_box.__class__ = detr.Fp32Boxes
     return model
 
-# %% ../../nbs/models/detr_beyond.ipynb #e6572bd8
+# %% ../../nbs/models/detr_beyond.ipynb #9b8ba518
 def build_beyond(
     backbone="facebook/dinov3-vitl16-pretrain-lvd1689m",  # see load_backbone
     names=("person", "head"),  # of the classes, in label order
@@ -250,7 +250,7 @@ def build_beyond(
     "A detector with the given options on; the plain one without any."
     plain = detr.build(backbone, names, freeze=freeze, seed=seed, **options)
     if not (blocks or group_norm or two_stage or refine): return plain
-    bb = plain.config.backbone_config
+    bb = copy.deepcopy(plain.config.backbone_config)
     if blocks: bb.set_output_features_output_indices(
         _stages(bb, blocks), None)
     raw = {k: v for k, v in plain.config.to_dict().items()
