@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'GATED', 'seeded', 'random_backbone', 'load_backbone', 'reinit_head', 'vit_maps', 'FrozenEncoder',
            'Fp32Boxes', 'arrange', 'build']
 
-# %% ../../nbs/models/detr.ipynb #1df1ce9b
+# %% ../../nbs/models/detr.ipynb #d4e1a4d1
 import contextlib,os
 from pathlib import Path
 import torch
@@ -18,6 +18,7 @@ from transformers import (AutoConfig,DetrConfig,DetrForObjectDetection,
 from transformers.models.detr.modeling_detr import (DetrConvEncoder,
     DetrMLPPredictionHead)
 from ..core.files import InputError
+from .lean import lean
 from .matching import detr_loss
 
 # %% ../../nbs/models/detr.ipynb #836369d4
@@ -108,7 +109,13 @@ def reinit_head(
                       *model.bbox_predictor.layers): layer.reset_parameters()
     return model
 
-# %% ../../nbs/models/detr.ipynb #2a830f2a
+# %% ../../nbs/models/detr.ipynb #9cd693e8
+def _through(block, h, at):
+    "One block; where asked for, the backward pass computes it again."
+    def go(x): return block(x, position_embeddings=at)
+    again = block.gradient_checkpointing and torch.is_grad_enabled()
+    return block._gradient_checkpointing_func(go, h) if again else go(h)
+
 def vit_maps(
     vit,  # a `DINOv3ViTBackbone`
     pixels,  # (B,3,H,W), normalised
@@ -124,7 +131,7 @@ def vit_maps(
     names, want = vit.stage_names, list(vit.out_features)
     maps, last = [], max(names.index(n) for n in want)
     for i, block in enumerate([None, *vit.model.layer[:last]]):
-        if block is not None: h = block(h, position_embeddings=at)
+        if block is not None: h = _through(block, h, at)
         if names[i] not in want: continue
         normed = i == len(names) - 1 or c.apply_layernorm
         t = (vit.norm(h) if normed else h)[:, 1 + c.num_register_tokens:]
@@ -162,19 +169,20 @@ class Fp32Boxes(DetrMLPPredictionHead):
                 if i + 1 < len(self.layers): x = x.relu()
         return x
 
-# %% ../../nbs/models/detr.ipynb #fe83cb81
+# %% ../../nbs/models/detr.ipynb #1b7cf7d9
 def arrange(
     model,  # a `DetrForObjectDetection`
     freeze:bool=True,  # whether the backbone is frozen
 ):
-    "The model with frozen backbone, fp32 boxes and the fast loss in place."
+    "The model with frozen backbone, fp32 boxes, fast loss, lean layers."
     model.model.backbone.__class__ = FrozenEncoder
     model.model.backbone.train(False)
     model.bbox_predictor.__class__ = Fp32Boxes
     model.loss_function = detr_loss
     for n, p in model.model.backbone.named_parameters():
         p.requires_grad_(not freeze and "mask_token" not in n)
-    return model
+    if hasattr(model, "put_in_place"): model.put_in_place()
+    return lean(model)
 
 def build(
     backbone="facebook/dinov3-vitl16-pretrain-lvd1689m",  # see load_backbone
