@@ -16,6 +16,7 @@ HERE = Path(__file__).resolve().parent
 # every kind that has a check; its cases under golden/ must pass
 DONE = {("dfine", "detection-metrics"), ("dfine", "wbf"), ("dfine", "submission")}
 DONE |= {("dfine", kind) for kind in "forward criterion loss recipe".split()}  # D-FINE: weights, loss, recipe
+DONE |= {("motrv2", kind) for kind in "data infer train units".split()}
 DONE |= {("slowfast", kind) for kind in "ava_eval boxes color_jitter csv_to_coco dataset loader_matching predictions_to_csv resize sampling".split()}  # data and scores of actions
 
 
