@@ -16,7 +16,7 @@ def fingerprint(
 ) -> str:  # 12 hexadecimal digits
     "A number that changes with any source below `folder` that compiles."
     h = hashlib.sha256(nb.__version__.encode())
-    for p in sorted(Path(folder).rglob("*.py")):
+    for p in sorted(Path(folder).rglob("[!_]*.py")):  # no _modidx
         if b"njit" in (text := p.read_bytes()): h.update(text + b"\0")
     return h.hexdigest()[:12]
 
