@@ -35,12 +35,12 @@ def split_key(
             "00000001.txt")
     return found[1] or "", int(found[2])
 
-# %% ../../nbs/core/det_db.ipynb #df3c60c9
+# %% ../../nbs/core/det_db.ipynb #5f5d839c
 def read_det_db(
     path,  # a det_db JSON
     keep_class:int|None=None,  # rows of six numbers: keep this class alone
 ) -> dict:  # key -> (N, 5) left top width height score
-    "The boxes of every frame, best first."
+    "The boxes of every frame, in the file's order."
     try: raw = Path(path).read_bytes()
     except OSError as e: raise InputError(
         f"cannot be read: {e.strerror}", path) from None
@@ -67,7 +67,7 @@ def _rows(key, texts, path, keep_class):
         why = _wrong(rows)
         if why: raise InputError(f"{key}: {why[0]}", path, _line(
             path, key), why[1])
-    return rows[np.argsort(-rows[:,4], kind="stable")]
+    return rows
 
 # %% ../../nbs/core/det_db.ipynb #9db0810b
 def _bad(path, key, texts, out, wide):
@@ -93,7 +93,7 @@ def _line(path, key):
     at = raw.find(json.dumps(key).encode())
     return raw[:at].count(b"\n") + 1 if at >= 0 else None
 
-# %% ../../nbs/core/det_db.ipynb #c121fc10
+# %% ../../nbs/core/det_db.ipynb #d7465282
 def write_det_db(
     path,  # target, written whole or not at all
     boxes:dict,  # key -> (N, 5) left top width height score, pixels
@@ -105,7 +105,6 @@ def write_det_db(
         rows = np.asarray(rows, float).reshape(-1, 5)
         why = _wrong(rows) if len(rows) else None
         if why: raise InputError(f"{key}: {why[0]}", path, fix=why[1])
-        rows = rows[np.argsort(-rows[:,4], kind="stable")]
         out[key] = ["%.2f,%.2f,%.2f,%.2f,%.4f\n" % tuple(r)
                     for r in rows.tolist()]
     with atomic(path) as tmp: tmp.write_bytes(orjson.dumps(
