@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Stage', 'Out', 'Weights', 'Name', 'stages', 'find_stage', 'module', 'title', 'execute', 'CellFailed', 'theirs',
-           'show', 'main', 'checks', 'compare', 'curves']
+           'show', 'main', 'compare', 'curves']
 
-# %% ../nbs/cli.ipynb #457d529c
-import importlib,json,logging,os,re,shutil,sys
+# %% ../nbs/cli.ipynb #16ba1a7d
+import importlib,json,logging,os,re,sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -190,67 +190,20 @@ def main(
 
 def _exit(msg, code): print(msg, file=sys.stderr); sys.exit(code)
 
-# %% ../nbs/cli.ipynb #7bce8560
-def checks() -> list[dict]:
-    "One row a question: what, found, ok."
-    rows = []
-    def ask(what, f):
-        try: rows.append(dict(what=what, found=str(f()), ok=True))
-        except Exception as e: rows.append(dict(what=what, ok=False,
-            found=f"{type(e).__name__}: {e}".splitlines()[0]))
-    for m in ("torch torchvision transformers numpy scipy cv2 PIL pyarrow "
-              "orjson numba av supervision matplotlib papermill").split():
-        ask(m, lambda: _version(m))
-    ask("CPU", runs.device)
-    ask("memory", _memory)
-    ask("disk behind the runs", _disk)
-    ask("GPU", _gpu)
-    ask("VP9 encoder", lambda: __import__("av").codec.Codec(
-        "libvpx-vp9", "w").long_name)
-    ask("Jupyter kernel", _kernel)
-    return rows
-
-# %% ../nbs/cli.ipynb #b1d5dc60
-def _version(name):
-    "The version of module `name`, which is imported."
-    m = importlib.import_module(name)
-    return getattr(m, "__version__", "there")
-
-def _memory():
-    "Free and total memory."
-    kb = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/meminfo").read_text()))
-    return " of ".join(f"{int(kb[k])/1e6:.0f} GB" for k in
-                       ("MemAvailable", "MemTotal")) + " free"
-
-def _disk():
-    "Free space where runs are written; fails where they cannot be."
-    top = out_dir(); top.mkdir(parents=True, exist_ok=True)
-    with atomic(top/".check") as tmp: tmp.write_text("x")
-    (top/".check").unlink()
-    return f"{shutil.disk_usage(top).free/1e9:.0f} GB free in {show_path(top)}"
-
-def _gpu():
-    "The GPU in words, or that there is none, which is no error."
-    import torch
-    if not torch.cuda.is_available(): return "none: stages run on the CPU"
-    p = torch.cuda.get_device_properties(0)
-    bf16 = "with" if torch.cuda.is_bf16_supported() else "without"
-    return f"{p.name}, {p.total_memory/2**30:.0f} GiB, {bf16} bf16"
-
-def _kernel():
-    "The interpreter behind the kernel that runs notebooks."
-    from jupyter_client.kernelspec import KernelSpecManager
-    exe = KernelSpecManager().get_kernel_spec("python3").argv[0]
-    return sys.executable if exe.startswith("python") else exe
-
-# %% ../nbs/cli.ipynb #31f3306f
+# %% ../nbs/cli.ipynb #b0e53996
 @app.command("check")
-def _check():
+def _check(backbone:Annotated[str, typer.Option(help="for the one step: "
+        "a Hub id, timm/NAME, a folder")] = "tiny",
+    offline:Annotated[bool, typer.Option("--offline",
+        help="do not ask the Hub for DINOv3's weights")] = False):
     "Is this machine ready?"
-    rows = checks()
-    for r in rows: print(f"{'ok ' if r['ok'] else 'NO ':4}{r['what']:22}"
-                         f"{r['found']}")
-    if not all(r["ok"] for r in rows): raise typer.Exit(1)
+    from crowdlens.models.machine_check import checks
+    rows = checks(backbone, not offline)
+    mark = {True: "ok", False: "NO", None: "--"}
+    for r in rows:
+        print(f"{mark[r['ok']]:4}{r['what']:36}{r['found']}")
+        if r["fix"]: print(f"{'':8}{r['fix']}")
+    if any(r["ok"] is False for r in rows): raise typer.Exit(1)
 
 # %% ../nbs/cli.ipynb #6e10900e
 def compare(

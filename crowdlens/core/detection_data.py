@@ -155,7 +155,7 @@ def from_coco(path, # an instances JSON
     d.areas = np.where(np.isfinite(d.areas), d.areas, bw)
     return _clean(d, row)
 
-# %% ../../nbs/core/detection_data.ipynb #80548514
+# %% ../../nbs/core/detection_data.ipynb #084fd74f
 def _boxes(anns, path):
     "(N,4) corners of the annotations' boxes."
     try: xywh = np.array([a["bbox"] for a in anns], np.float64
@@ -170,10 +170,11 @@ def _folder(path, images, ims):
     "The folder that holds the pictures of `ims`."
     here = Path(path).absolute().parent
     if images: return Path(images)
-    first = ims[0]["file_name"] if ims else ""
+    if not ims: return here
+    first = ims[0]["file_name"]
     tops = [here, here/"images", here.parent, here.parent/"images"]
     for t in tops + [here.parent/Path(path).stem.removeprefix("instances_")]:
-        if first and (t/first).is_file(): return t
+        if (t/first).is_file(): return t
     raise InputError(f"picture {first!r} is not beside this file", path,
                      fix="name the folder of the pictures: images=…")
 

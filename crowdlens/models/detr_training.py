@@ -313,7 +313,7 @@ def _prepare_inputs(self:DetTrainer, inputs):
     if "pixel_values" in inputs: return inputs
     return self.encode(inputs, self.args.device)
 
-# %% ../../nbs/models/detr_training.ipynb #8a6ee52f
+# %% ../../nbs/models/detr_training.ipynb #39851c77
 @patch
 def training_step(self:DetTrainer, model, inputs, num_items_in_batch=None):
     "One forward and backward pass; stops at a loss that is no number."
@@ -348,11 +348,20 @@ def compute_loss(self:DetTrainer, model, inputs, return_outputs=False, **kw):
 def log(self:DetTrainer, logs, *args, **kw):
     "Log, with the mean of the loss terms; the run's history gets a copy."
     if "loss" in logs:
-        logs |= {k: float(s)/n for k,(n,s) in self._parts.items()}
+        logs |= _over_ranks({k: float(s)/n for k,(n,s) in
+                             self._parts.items()})
         self._parts = {}
         self.run.track(self.state.global_step, **logs)
     Trainer.log(self, {k: v for k,v in logs.items() if v is not None},
                 *args, **kw)
+
+# %% ../../nbs/models/detr_training.ipynb #6c9fde29
+def _over_ranks(figures:dict) -> dict:
+    "Means over all ranks."
+    if not several(): return figures
+    every = [None]*torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, figures)
+    return {k: sum(e[k] for e in every)/len(every) for k in figures}
 
 # %% ../../nbs/models/detr_training.ipynb #73a8c6ce
 @patch
