@@ -189,3 +189,27 @@ def test_lean_copies_and_pickles_of_weights():
     c.class_labels_classifier.weight.data.zero_()
     assert not torch.equal(m.class_labels_classifier.weight, c.class_labels_classifier.weight)
     assert np.array_equal(list(m.state_dict()), list(c.state_dict()))
+
+
+def test_a_run_s_checkpoint_opens_through_the_one_door(tmp_path):
+    from safetensors.torch import save_file
+
+    from crowdlens.core.letterbox import Letterbox, to_dict
+    from crowdlens.models import checkpoints
+    from crowdlens.models.detector import Detector
+
+    m = make("all", 2).eval()
+    folder = tmp_path / "epoch-0001"
+    folder.mkdir()
+    save_file(m.state_dict(), folder / "model.safetensors")
+    m.config.save_pretrained(folder)
+    (folder / "crowdlens.json").write_text(
+        json.dumps(dict(kind="detector", names={0: "person", 1: "head"}, geometry=to_dict(Letterbox(64, 96))))
+    )
+    ck = checkpoints.open(folder)
+    assert ck.loaded.whole and type(ck.model) is detr_beyond.BeyondDetr
+    x, _ = batch(2)
+    with torch.no_grad():
+        assert torch.allclose(ck.model(x).pred_boxes, m(x).pred_boxes, atol=1e-5)
+    (boxes, scores, labels), = Detector(ck).detect(np.zeros((128, 192, 3), np.uint8))
+    assert boxes.shape == (9, 4) and boxes.max() <= 192 and set(labels) <= {0, 1}

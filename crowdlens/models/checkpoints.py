@@ -21,6 +21,7 @@ from transformers import (AutoModelForObjectDetection,CONFIG_MAPPING,
 from ..core.coco import LabelMap
 from ..core.files import InputError,read_json
 from ..core.letterbox import MEAN,STD,Letterbox,from_dict
+from . import detr_beyond  # its networks open here too
 from .detr import arrange,load_backbone,seeded
 
 # %% ../../nbs/models/checkpoints.ipynb #88f4d039
@@ -354,7 +355,7 @@ def _rest(hints):
     return {k: v for k, v in hints.items()
             if k not in ("geometry", "mean", "std")}
 
-# %% ../../nbs/models/checkpoints.ipynb #094564be
+# %% ../../nbs/models/checkpoints.ipynb #c03aee13
 def _ours(p, hints):
     "A checkpoint folder of a run."
     info = read_json(p/"crowdlens.json")
@@ -379,6 +380,7 @@ def _ours(p, hints):
         if n in info: k[n] = tuple(info[n])
     return _wrap(model, hints, **k)
 
+# %% ../../nbs/models/checkpoints.ipynb #0d39399c
 def _wrap(model, hints, source="", **found):
     "A `Checkpoint`, with what hints say put first."
     c = model.config
@@ -394,7 +396,7 @@ def _wrap(model, hints, source="", **found):
                                       "turn")
     for k in ("geometry", "mean", "std"):
         if k in hints: found[k] = hints[k]
-    if c.model_type == "detr": arrange(model)
+    if isinstance(model, DetrForObjectDetection): arrange(model)
     return Checkpoint(model.eval(), source=source or found.pop("source", ""),
                       **found)
 
