@@ -18,6 +18,8 @@ DONE = {("dfine", "detection-metrics"), ("dfine", "wbf"), ("dfine", "submission"
 DONE |= {("dfine", kind) for kind in "forward criterion loss recipe".split()}  # D-FINE: weights, loss, recipe
 DONE |= {("motrv2", kind) for kind in "data infer train units".split()}
 DONE |= {("slowfast", kind) for kind in "ava_eval boxes color_jitter csv_to_coco dataset loader_matching predictions_to_csv resize sampling".split()}  # data and scores of actions
+DONE |= {("slowfast", kind) for kind in
+         "forward load_pretrained loss roi_align schedule train two_stage".split()}  # the network, its training
 
 
 @pytest.mark.parametrize("system,kind", sorted(DONE))
