@@ -342,6 +342,8 @@ def open(
     p = Path(path).expanduser()
     if p.is_dir() and (p/"crowdlens.json").exists(): return _ours(p, hints)
     if p.is_dir(): return _hugging_face(p, hints)
+    if p.suffix == ".onnx": return importlib.import_module(
+        "crowdlens.models.export").open_onnx(p)
     if p.suffix == ".ckpt" and p.is_file():
         return _wrap(load_lightning(p, **_rest(hints)), hints, p.name)
     if p.is_file(): return _published(p, hints)
