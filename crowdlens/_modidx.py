@@ -3291,6 +3291,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'crowdlens/train_tracker.py'),
                                          'crowdlens.train_tracker.Learner.state': ( 'train_tracker.html#learner.state',
                                                                                     'crowdlens/train_tracker.py'),
+                                         'crowdlens.train_tracker._beside': ('train_tracker.html#_beside', 'crowdlens/train_tracker.py'),
                                          'crowdlens.train_tracker._finish': ('train_tracker.html#_finish', 'crowdlens/train_tracker.py'),
                                          'crowdlens.train_tracker._learn': ('train_tracker.html#_learn', 'crowdlens/train_tracker.py'),
                                          'crowdlens.train_tracker.clip_length': ( 'train_tracker.html#clip_length',
