@@ -96,7 +96,7 @@ def _changes(ops):
         "RandomIoUCrop", .8), flip=p("RandomHorizontalFlip", .5),
         zoom=1. if zoom is None else float(zoom.get("side_range", [1, 4])[1]))
 
-# %% ../../nbs/models/dfine_yaml.ipynb #24af50b4
+# %% ../../nbs/models/dfine_yaml.ipynb #f7ef8748
 _FLAGS = {"--use-amp": ("precision", "auto"), "--test-only":
           ("mode", "evaluate")}
 _VALUES = {"-t": "model", "--tuning": "model", "-r": "model", "--resume":
@@ -104,6 +104,7 @@ _VALUES = {"-t": "model", "--tuning": "model", "-r": "model", "--resume":
     "--seed": "seed", "--output-dir": "", "-d": "", "--device": "",
     "--local-rank": "", "--print-rank": ""}
 
+# %% ../../nbs/models/dfine_yaml.ipynb #9688d2e8
 def from_command(
     text:str,  # "… train.py -c CONFIG -t WEIGHTS --use-amp …"
     folder=".",  # that its paths are relative to
