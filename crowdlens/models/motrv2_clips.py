@@ -125,7 +125,7 @@ def resize(
     "Another size, smoothed as it shrinks."
     w, h = v.size
     W, H = train_size(w, h, short_side, long_side_max)
-    image = np.asarray(Image.fromarray(v.image).resize((W, H),
+    image = np.array(Image.fromarray(v.image).resize((W, H),
                                                        Image.BILINEAR))
     return v.move(image, lambda b: b*[W/w, H/h, W/w, H/h])
 
