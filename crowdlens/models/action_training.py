@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IA_RECIPE', 'Recipe', 'rate', 'param_groups', 'optimiser', 'Trainer']
 
-# %% ../../nbs/models/action_training.ipynb #c160eb23
-import math
+# %% ../../nbs/models/action_training.ipynb #56bedecb
+import contextlib,math
 from dataclasses import dataclass,field,replace
 import torch
 from fastcore.basics import patch
@@ -84,7 +84,7 @@ def optimiser(
     opt = torch.optim.SGD(param_groups(model, r), r.lr, r.momentum)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda n: rate(n, r))
 
-# %% ../../nbs/models/action_training.ipynb #01f312a2
+# %% ../../nbs/models/action_training.ipynb #e2bbf025
 class Trainer:
     "A detector, its optimiser, schedule and memory."
     def __init__(self,
@@ -92,39 +92,59 @@ class Trainer:
         recipe:Recipe,
         optim=None,  # another optimiser and schedule than the recipe's
         shake:bool=True,  # jitter boxes
+        acc=None,  # accelerate.Accelerator, where there are devices or ranks
     ):
+        if acc: model.to(acc.device)
         self.model, self.recipe, self.shake = model, recipe, shake
         self.opt, self.sched = optim or optimiser(model, recipe)
+        self.acc, self.net = acc, acc.prepare(model) if acc else model
         ia = model.config.ia
         self.pool = MemoryPool() if ia and "M" in ia.blocks else None
         self.iteration, self.loss = 0, 0.
 
+    @property
+    def device(self):
+        "Where the network is."
+        return next(self.model.parameters()).device
+
     def step(self,
-        batches,  # dicts that together are one step
+        batches,  # dicts that together are this rank's part of one step
     ) -> dict:  # losses, accuracies, lr
         "Learn from some clips."
         self.model.train()
-        n = sum(len(b["labels"]) for b in batches)
+        n = self.total(sum(len(b["labels"]) for b in batches))
         got, seen = {}, []
-        for b in batches:
-            out = self.forward(b)
-            terms = action_loss(out.logits, b["labels"].to(out.logits.device),
-                self.model.config.groups, self.recipe.focal, n)
-            self.check(terms["total_loss"])
-            terms["total_loss"].backward()
-            terms |= accuracies(out.logits, b["labels"].to(
-                out.logits.device), self.model.config.groups)
-            for k,v in terms.items():
-                w = len(b["labels"])/n if k.startswith("accuracy") else 1
-                got[k] = got.get(k, 0.) + w*v.item()
-            seen.append((b["keys"], out))
+        for i,b in enumerate(batches):
+            with self.gathered(i == len(batches) - 1):
+                self.learn(b, n, got, seen)
+        got = self.mean(got)
         got["lr"] = self.opt.param_groups[0]["lr"]
         self.opt.step(); self.opt.zero_grad(); self.sched.step()
         self.remember(seen, got["total_loss"])
         self.iteration += 1
         return got
 
-# %% ../../nbs/models/action_training.ipynb #ee0603c3
+# %% ../../nbs/models/action_training.ipynb #04b86361
+@patch
+def learn(self:Trainer,
+    b:dict,  # a batch
+    n:float,  # boxes of the step, a rank on average
+    got:dict,  # figures so far, changed
+    seen:list,  # what memory is to take in, changed
+):
+    "Loss and gradients of one batch."
+    y = b["labels"].to(self.device)
+    out = self.forward(b)
+    terms = action_loss(out.logits, y, self.model.config.groups,
+                        self.recipe.focal, n)
+    self.check(terms["total_loss"])
+    if self.acc: self.acc.backward(terms["total_loss"])
+    else: terms["total_loss"].backward()
+    right = accuracies(out.logits, y, self.model.config.groups)
+    for k,v in (terms | {k: v*len(y)/n for k,v in right.items()}).items():
+        got[k] = got.get(k, 0.) + v.item()
+    seen.append((b["keys"], out.features.detach(), out.counts))
+
 @patch
 def check(self:Trainer,
     loss,
@@ -134,23 +154,83 @@ def check(self:Trainer,
         f"the loss of step {self.iteration} is {loss.item()}",
         fix="lower the learning rate, or see whether a clip is damaged")
 
-# %% ../../nbs/models/action_training.ipynb #f685c26d
 @patch
 def forward(self:Trainer, b):
     "What the network makes of a batch."
+    dev = self.device
     boxes = [torch.as_tensor(x, dtype=torch.float32) for x in b["boxes"]]
     if self.shake: boxes = [jitter(x, s, torch.rand(len(x), 4))
                             for x,s in zip(boxes, b["sizes"])]
     memory = (None if self.pool is None else [self.pool.window(
         m, s, self.model.config.ia, self.loss) for m,s in b["keys"]])
-    return self.model(b["slow"], b["fast"], boxes, sizes=b["sizes"],
-                      objects=b.get("objects"), memory=memory)
+    return self.net(b["slow"].to(dev), b["fast"].to(dev), boxes,
+        sizes=b["sizes"], objects=b.get("objects"), memory=memory)
+
+# %% ../../nbs/models/action_training.ipynb #9ada81c4
+@patch
+def total(self:Trainer, n):
+    "Boxes of the step over all ranks, divided by the ranks."
+    return float(self.mean(dict(n=float(n)))["n"])
+
+@patch
+def mean(self:Trainer,
+    figures:dict,  # of this rank
+) -> dict:
+    "Their mean over ranks."
+    if not self.acc or self.acc.num_processes == 1: return figures
+    x = torch.tensor(list(figures.values()), dtype=torch.float64,
+                     device="cpu" if self.device.type == "cpu" else
+                     self.device).to(torch.float32)
+    return dict(zip(figures, self.acc.reduce(x, "mean").tolist()))
+
+@patch
+def gathered(self:Trainer,
+    last:bool,  # of the step
+):
+    "Ranks exchange gradients with the step's last batch alone."
+    if not self.acc or last or self.acc.num_processes == 1:
+        return contextlib.nullcontext()
+    return self.acc.no_sync(self.net)
 
 @patch
 def remember(self:Trainer, seen, loss):
-    "Put the step's features into memory, with its loss."
-    if self.pool is not None:
-        for keys,out in seen:
-            for (m,s),x in zip(keys, out.features.split(out.counts)):
-                self.pool.put(m, s, x, loss)
+    "Put what all ranks saw into memory, with the step's loss."
     self.loss = loss
+    if self.pool is None: return
+    rows = [(m, int(s), x.float().cpu()) for keys,f,counts in seen
+            for (m,s),x in zip(keys, f.split(counts))]
+    if self.acc and self.acc.num_processes > 1:
+        from accelerate.utils import gather_object
+        rows = gather_object(rows)
+    for m,s,x in rows: self.pool.put(m, s, x, loss)
+
+# %% ../../nbs/models/action_training.ipynb #a1a971ec
+@patch
+def state(self:Trainer) -> dict:
+    "What going on needs, beside the weights; random states not included."
+    out = dict(opt=self.opt.state_dict(), sched=self.sched.state_dict(),
+               iteration=self.iteration, loss=self.loss)
+    return out | ({} if self.pool is None else dict(
+        pool=self.pool.state_dict()))
+
+@patch
+def load(self:Trainer,
+    weights:dict,  # of the network
+    s:dict,  # from `state`
+    adjust:bool=False,  # the schedule of this recipe, at the saved step
+    forget_loss:bool=False,  # as the published code: no memory at first
+):
+    "Go on where `state` was taken."
+    fresh_rates = [g["initial_lr"] for g in self.opt.param_groups]
+    self.model.load_state_dict(weights); self.opt.load_state_dict(s["opt"])
+    self.iteration = s["iteration"]
+    self.loss = 0. if forget_loss else s["loss"]
+    if adjust:
+        self.sched.base_lrs = fresh_rates
+        for g,lr in zip(self.opt.param_groups, fresh_rates):
+            g["initial_lr"] = lr
+            g["lr"] = lr*rate(self.iteration, self.recipe)
+        self.sched.last_epoch = self.iteration
+    else: self.sched.load_state_dict(s["sched"])
+    if self.pool is not None and "pool" in s:
+        self.pool.load_state_dict(s["pool"])

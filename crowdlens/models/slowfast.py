@@ -178,10 +178,10 @@ def lay_memory(
     out[:, now] = own
     return out.flatten(1, 2)
 
-# %% ../../nbs/models/slowfast.ipynb #8740b4b2
+# %% ../../nbs/models/slowfast.ipynb #93fe6857
 TINY = Pathways((1, 1, 1, 1), 16, 8, (8, 16, 24, 32), (4, 8, 8, 16), 2,
                 (1, 1, 3, 3), (3, 3, 3, 3), (1, 2, 1, 1), (1, 1, 1, 1), 5,
-                (1, 3), 32, 4, 4, False)
+                (1, 1), 32, 4, 4, False)
 
 # %% ../../nbs/models/slowfast.ipynb #532e6b6c
 ARCHS = {"r50_4x16": R50, "r101_8x8": R101}
@@ -288,7 +288,7 @@ def _read(path):
     from crowdlens.models.checkpoints import read_weights
     return read_weights(path)
 
-# %% ../../nbs/models/slowfast.ipynb #09f00bc5
+# %% ../../nbs/models/slowfast.ipynb #d8615b04
 def fresh(
     config:ActionConfig,
     seed:int=0,  # of the start values
@@ -304,6 +304,7 @@ def load_folder(
     groups=None,  # other classes: the head starts anew
 ) -> ActionDetector:
     "The detector of a checkpoint folder; `.info` is its crowdlens.json."
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(path)
     if not (path/"crowdlens.json").is_file(): raise InputError(
@@ -314,7 +315,10 @@ def load_folder(
     cfg = ActionConfig.from_dict(info["config"])
     if groups: cfg.groups, no_head = tuple(groups), True
     model = fresh(cfg)
-    fill_actions(model, {k: v.float() for k,v in load_file(
-        path/"model.safetensors").items()}, no_head, path)
+    try: state = load_file(path/"model.safetensors")
+    except (OSError, SafetensorError) as e: raise InputError("not readable: "
+        + str(e)[:120], path/"model.safetensors", fix="copy it again") from None
+    fill_actions(model, plain_names({k: v.float() for k,v in state.items()}),
+                 no_head, path)
     model.info = info
     return model.eval()

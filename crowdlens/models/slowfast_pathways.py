@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['R50', 'R101', 'Pathways', 'SplitConv', 'FrozenNorm', 'ConvNorm', 'Bottleneck', 'Block', 'Pathway', 'SlowFast',
-           'slow_frames', 'fast_frames']
+           'fused', 'slow_frames', 'fast_frames']
 
-# %% ../../nbs/models/slowfast_pathways.ipynb #12bc0cf7
-import math
+# %% ../../nbs/models/slowfast_pathways.ipynb #f8616d20
+import copy,math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass,replace
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -71,7 +71,7 @@ class SplitConv(nn.Conv3d):
                      d[1:])
         return y.reshape(B, -1, *y.shape[1:]).transpose(1, 2)
 
-# %% ../../nbs/models/slowfast_pathways.ipynb #0affadb9
+# %% ../../nbs/models/slowfast_pathways.ipynb #9e7c9435
 class FrozenNorm(nn.Module):
     "Batch norm whose four vectors are constants, in training too."
     def __init__(self,
@@ -92,11 +92,11 @@ class FrozenNorm(nn.Module):
 
     def forward(self, x):
         s, b = (v.view(-1, *[1]*(x.ndim - 2)) for v in self.scale_shift())
-        return x*s + b
+        return torch.addcmul(b, x, s)
 
 def _norm(n, frozen): return FrozenNorm(n) if frozen else nn.BatchNorm3d(n)
 
-# %% ../../nbs/models/slowfast_pathways.ipynb #7112f26d
+# %% ../../nbs/models/slowfast_pathways.ipynb #faa46c81
 class ConvNorm(nn.Module):
     "A convolution without bias, and its batch norm."
     def __init__(self, i, o, kernel, stride=1, dilation=1, frozen=True):
@@ -117,7 +117,8 @@ class Bottleneck(nn.Module):
                               frozen)
         self.conv3 = ConvNorm(inner, o, (1, 1, 1), frozen=frozen)
     def forward(self, x):
-        return self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+        y = self.conv2(self.conv1(x).relu_()).relu_()
+        return self.conv3(y)
 
 class Block(nn.Module):
     "A bottleneck beside a way around it."
@@ -128,9 +129,9 @@ class Block(nn.Module):
                          if first else None)
     def forward(self, x):
         y = x if self.shortcut is None else self.shortcut(x)
-        return F.relu(y + self.btnk(x))
+        return self.btnk(x).add_(y).relu_()
 
-# %% ../../nbs/models/slowfast_pathways.ipynb #4945651f
+# %% ../../nbs/models/slowfast_pathways.ipynb #c3df3f62
 class Pathway(nn.Sequential):
     "A stem and four stages, and the laterals where it is the fast one."
     def __init__(self,
@@ -157,7 +158,7 @@ class Pathway(nn.Sequential):
 
     def begin(self, x):
         "The stem."
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn1(self.conv1(x)).relu_()
         B, C, T, H, W = y.shape
         y = F.max_pool2d(y.transpose(1, 2).reshape(B*T, C, H, W), 3, 2)
         return y.reshape(B, T, *y.shape[1:]).transpose(1, 2)
@@ -208,6 +209,28 @@ def _start(m):
             if k.bias is not None: nn.init.zeros_(k.bias)
         elif isinstance(k, nn.BatchNorm3d) and n.endswith("conv3.bn"):
             nn.init.zeros_(k.weight)
+
+# %% ../../nbs/models/slowfast_pathways.ipynb #b3f860fb
+def _fold(conv, bn):
+    "Write a norm that stands still into the convolution before it."
+    if isinstance(bn, nn.BatchNorm3d):
+        s = bn.weight/(bn.running_var + bn.eps).sqrt()
+        b = bn.bias - bn.running_mean*s
+    else: s, b = bn.scale_shift()
+    conv.weight = nn.Parameter(conv.weight*s.view(-1, 1, 1, 1, 1))
+    conv.bias = nn.Parameter(b.clone())
+
+@torch.no_grad()
+def fused(
+    model:nn.Module,  # with pathways in it
+): # of the same kind
+    "A copy for inference, its norms folded into its convolutions."
+    model = copy.deepcopy(model).eval()
+    for m in model.modules():
+        if isinstance(m, ConvNorm): _fold(m.conv, m.bn); m.bn = nn.Identity()
+        elif isinstance(m, Pathway):
+            _fold(m.conv1, m.bn1); m.bn1 = nn.Identity()
+    return model.requires_grad_(False)
 
 # %% ../../nbs/models/slowfast_pathways.ipynb #3bf215da
 def slow_frames(
