@@ -6,12 +6,12 @@
 __all__ = ['STAGE', 'LEAD', 'check', 'DataAndModel', 'Config', 'spread', 'load', 'describe_data', 'make_model', 'from_checkpoint',
            'recommend', 'from_guide', 'encode', 'decode', 'pick_precision', 'training_args', 'crowded_batch',
            'try_step', 'sizes_of', 'probe', 'forecast', 'train', 'keep_maps', 'shrink', 'stopped_early', 'provenance',
-           'make_trainer', 'shared_classes', 'keep_worst', 'judge', 'look', 'curves', 'features_picture', 'boxes_page',
-           'report', 'run']
+           'tensorboard', 'tell_trackio', 'make_trainer', 'shared_classes', 'keep_worst', 'judge', 'look', 'curves',
+           'features_picture', 'boxes_page', 'add_failures', 'report', 'run', 'share']
 
-# %% ../nbs/03_detr_dinov3.ipynb #0c073a00
+# %% ../nbs/03_detr_dinov3.ipynb #daf90461
 import gc,math,os,time
-from dataclasses import dataclass
+from dataclasses import asdict,dataclass
 from pathlib import Path
 from typing import Literal
 import cv2
@@ -28,6 +28,7 @@ from .core.letterbox import (MEAN,STD,Letterbox,from_network,
 from .core.report import Report
 from .core.worldfiles import write_yolo
 from transformers import TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from .metrics import detection_report
 from .metrics.tables import gather
 from .models import checkpoints,feature_cache as fc,machine_check
@@ -127,7 +128,7 @@ def _check(self):
 
 Config.check = _check
 
-# %% ../nbs/03_detr_dinov3.ipynb #f44cb323
+# %% ../nbs/03_detr_dinov3.ipynb #356e49f9
 def spread(
     n:int,  # how many there are
     limit:int,  # how many are wanted; 0: all
@@ -144,6 +145,7 @@ def _world(cfg) -> str:
     write_yolo(to, "court", train=n, val=m, size=size, frames_per_world=4)
     return str(to)
 
+# %% ../nbs/03_detr_dinov3.ipynb #b9f5ede9
 def load(cfg) -> tuple[DetData, DetData]:
     "Training and validation data."
     src = _world(cfg) if cfg.data == "world" else cfg.data
@@ -269,7 +271,7 @@ def pick_precision(
     if want == "bf16" and gpu and not bf16: return "fp16"
     return want
 
-# %% ../nbs/03_detr_dinov3.ipynb #4eecae73
+# %% ../nbs/03_detr_dinov3.ipynb #11eb10d0
 def training_args(
     cfg, run,
     precision:str,
@@ -296,7 +298,8 @@ def training_args(
         dataloader_pin_memory=torch.cuda.is_available(),
         dataloader_persistent_workers=cfg.workers > 0,
         logging_steps=max(1, min(cfg.log_every, steps)), disable_tqdm=True,
-        report_to=cfg.report_to, project=cfg.project,
+        report_to="trackio" if cfg.report_to == "trackio" else "none",
+        project=cfg.project,
         run_name=f"{cfg.name}", trackio_space_id=space,
         trackio_static_space_id=False,
         activation_checkpointing=cfg.activation_checkpointing)
@@ -472,12 +475,33 @@ def provenance(cfg, train, val) -> dict:
         cfg.checkpoint_path else "", started_from=cfg.checkpoint_path and
         name(cfg.checkpoint_path), commit=runs.commit() or "")
 
-# %% ../nbs/03_detr_dinov3.ipynb #13a7facf
+# %% ../nbs/03_detr_dinov3.ipynb #7db216d3
+def tensorboard(cfg, run) -> list:
+    "A callback that writes for TensorBoard into the run's folder, if wanted."
+    if cfg.report_to != "tensorboard" or not run.main: return []
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise InputError("TensorBoard is not installed",
+        fix="pip install tensorboard, or take report_to=trackio") from None
+    return [TensorBoardCallback(SummaryWriter(str(run.folder/"tensorboard")))]
+
+def tell_trackio(cfg, run, figs:dict):
+    "Add settings and last figures to the run that the Trainer has written."
+    if cfg.report_to != "trackio" or not run.main: return
+    import trackio
+    rec = read_json(run.folder/"config.json")["starts"][-1]
+    trackio.init(project=cfg.project, name=cfg.name, resume="must",
+        space_id=cfg.space_id or None, config=asdict(cfg) | dict(
+            commit=rec["commit"], device=rec["device"]))
+    trackio.log({f"final/{k}": figs[k] for k in (*LEAD, "loss")
+                 if figs.get(k) is not None})  # settings go along with it
+    trackio.finish()
+
+# %% ../nbs/03_detr_dinov3.ipynb #9777c158
 def make_trainer(cfg, run, model, sets, box, precision, first, end):
     "The Trainer of one phase: epochs `first` up to `end`."
     gt = ground_truth(sets[1].data); ids = sets[1].data.ids
     def score(preds): return scores_of(gt, preds.table(gt, ids))
-    calls = [StopAfter(end)] if end < cfg.epochs else []
+    calls = tensorboard(cfg, run) + [StopAfter(end)]*(end < cfg.epochs)
     if cfg.patience and end == cfg.epochs:
         calls.append(Patience(cfg.patience, first))
     data = sets[0].data
@@ -598,7 +622,22 @@ def boxes_page(data:DetData, preds, rows, least:float=.3, names=()):
                  f"{k.sum()} found at {least}"]
     return plots.contact_sheet(pics, caps, 2, (340, 210))
 
-# %% ../nbs/03_detr_dinov3.ipynb #572a33a2
+# %% ../nbs/03_detr_dinov3.ipynb #ced9851c
+def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
+    "Curves, confusions, and the worst images as a table and as pictures."
+    table = preds.table(gt, val.ids)
+    detection_report.add_to(page, gt, table, least)
+    at = {i: k for k,i in enumerate(val.image_ids.tolist())}
+    rows = [at[r["image_id"]] for r in
+            detection_report.worst_images(gt, table, 4, least)]
+    if not rows: return
+    page.picture(run.figure("worst", boxes_page(val, preds, rows, least,
+        names)), "the worst four: left what is there, right what was found")
+    page.say("The worst 16, pictures included, are a COCO set in `worst/`: "
+        "correct it in any labelling tool and put it back with "
+        "`crowdlens.core.coco_subset.merge_files`.")
+
+# %% ../nbs/03_detr_dinov3.ipynb #d5527d44
 def report(cfg, run, figs, preds, val, model, box, plan=None, rows=()):
     "The page; gives it and the picture that stands for the run."
     names = [val.names[k] for k in val.ids]
@@ -625,12 +664,12 @@ def report(cfg, run, figs, preds, val, model, box, plan=None, rows=()):
             plots.contact_sheet([one, features_picture(model, one, box)],
             ["picture", "features, first three components"], 2, (340, 210))))
     gt = ground_truth(val)
-    if len(gt): detection_report.add_to(page, gt, preds.table(gt, val.ids), .3)
+    if len(gt): add_failures(page, run, gt, preds, val, names)
     page.heading("All figures").table([[k, v] for k,v in figs.items()],
                                       ["figure", "value"])
     return page, pic
 
-# %% ../nbs/03_detr_dinov3.ipynb #18bba533
+# %% ../nbs/03_detr_dinov3.ipynb #859d8a7b
 def run(cfg:Config) -> runs.Result:
     "The whole stage: train, evaluate or predict."
     with runs.Run(STAGE, cfg) as r:
@@ -639,6 +678,12 @@ def run(cfg:Config) -> runs.Result:
         return dict(train=_train, evaluate=judge, predict=look)[cfg.mode](
             cfg, r)
 
+def share(cfg, run, best):
+    "Put the best checkpoint on the Hub; a failure costs no training."
+    try: run.log(f"on the Hub: {push(best, cfg.push_to)}")
+    except InputError as e: run.log(f"not on the Hub: {e}")
+
+# %% ../nbs/03_detr_dinov3.ipynb #fdb52018
 def _train(cfg, r):
     "Train, judge the best epoch, report."
     model, tr, va, box, plan, trainer = train(cfg, r)
@@ -650,12 +695,13 @@ def _train(cfg, r):
     if not fresh: trainer.restore(best)
     m = trainer.last_scores if fresh else trainer.evaluate()
     figs = {k.removeprefix("eval_"): v for k,v in m.items()}
+    tell_trackio(cfg, r, figs)
     if not r.main: return r.finish(figs)
     write_json(r.folder/"results.json", trainer.predictions.coco(va.ids))
     worst = keep_worst(r, ground_truth(va), trainer.predictions, va)
     page, pic = report(cfg, r, figs, trainer.predictions, va, model, box,
                        plan, describe_data(tr, va, cfg))
-    if cfg.push_to: r.log(f"on the Hub: {push(best, cfg.push_to)}")
+    if cfg.push_to: share(cfg, r, best)
     toy = ("A toy backbone with random features learned for seconds: this "
            "shows that all parts work together, not what DINOv3 can do.")
     return r.finish(figs, page, [k for k in LEAD if k in figs], pic or "",

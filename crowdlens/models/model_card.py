@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['DINOV3_LICENCE', 'SHOWN', 'USED', 'licence_of', 'card_data', 'model_card', 'push']
 
-# %% ../../nbs/models/model_card.ipynb #a87b4d84
+# %% ../../nbs/models/model_card.ipynb #719a91eb
 import shutil,tempfile
 from pathlib import Path
 from huggingface_hub import EvalResult,HfApi,ModelCard,ModelCardData
-from huggingface_hub.errors import HfHubHTTPError,HFValidationError
 from ..core.files import InputError,read_json
 
 # %% ../../nbs/models/model_card.ipynb #875f32be
@@ -95,9 +94,14 @@ def model_card(
     name = name or Path(folder).resolve().name
     return f"---\n{card_data(info, name)}\n---\n\n{_text(info, name)}"
 
-# %% ../../nbs/models/model_card.ipynb #327f95ee
+# %% ../../nbs/models/model_card.ipynb #6cf1856e
 USED = ("model.safetensors", "config.json", "preprocessor_config.json",
         "crowdlens.json")
+
+def _why(e):
+    "What an exception says, in one line."
+    text = str(e).strip().splitlines()
+    return f"{type(e).__name__}: {text[0][:160] if text else ''}"
 
 def push(
     folder,  # a whole checkpoint, as last or best
@@ -118,9 +122,8 @@ def push(
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=d,
                               commit_message=f"{folder.resolve().name}")
-        except (HfHubHTTPError, HFValidationError, OSError) as e:
-            raise InputError(f"{repo_id} could not be written: "
-                + str(e).strip().splitlines()[0][:160], fix="log in with `hf "
-                "auth login` (or set HF_TOKEN with write access); the "
-                "checkpoint is still here") from None
+        except Exception as e:  # of the hub, of its HTTP client, of the disk
+            raise InputError(f"{repo_id} could not be written: {_why(e)}",
+                fix="log in with `hf auth login` (or set HF_TOKEN with write "
+                "access); the checkpoint is still here") from None
     return str(url)
