@@ -82,7 +82,7 @@ def relight(
     tile = np.tile(grain.astype(np.int16), (-(-h//128), -(-w//128), 1))[:h, :w]
     return cv2.add(out, tile, dtype=cv2.CV_8U)
 
-# %% ../../nbs/core/fisheye_augment.ipynb #b1b82916
+# %% ../../nbs/core/fisheye_augment.ipynb #ea640a91
 @lru_cache
 def photo_steps(
     photo:float,  # probability of the photographic changes
@@ -98,7 +98,7 @@ def photo_steps(
              A.RandomGamma((80, 120), p=.3), A.CLAHE((1., 3.), p=.2),
              A.HueSaturationValue(8, 20, 10, p=.3)]
     noise = [A.GaussNoise((.01, .06)), A.ISONoise((.01, .04), (.1, .4)),
-             A.MotionBlur((3, 7)), A.Posterize((4, 6))]
+             A.MotionBlur((3, 7))]
     last = A.ImageCompression(quality_range=(40, 95), p=.5)
     return A.Compose([A.OneOf(sky, p=weather), A.Sequential(
         [*light, A.OneOf(noise, p=.4), last], p=photo)])
