@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['STAGE', 'ACTIONS', 'GROUPS', 'MEAN', 'STD', 'TILE', 'Config', 'network', 'Clip', 'clips_of', 'to_tensors', 'tile',
            'mosaic', 'Chunks', 'share', 'learner', 'averaged', 'state_of', 'put_back', 'predict', 'held_out', 'figures',
-           'run', 'info']
+           'run', 'info', 'ship']
 
-# %% ../nbs/train_actions.ipynb #5412abb8
+# %% ../nbs/train_actions.ipynb #92faa13e
 import math,time
-from dataclasses import dataclass,field,replace
+from dataclasses import dataclass,fields,replace
+from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 from fastcore.basics import patch
 from .core import config,runs
-from .core.config import machine
-from .core.files import InputError
+from .core.config import machine,schedule
+from .core.files import InputError,atomic,read_json,write_json
 from .core.plots import contact_sheet,draw_boxes
 from .core.report import Report
 from .core.world import World
@@ -25,16 +27,15 @@ from .metrics.actions import average_precision
 from .models.action_loss import Group
 from .models.action_training import Recipe,Trainer
 from .models.slowfast import *
-from .models.slowfast_interaction import Interaction
 from .models.slowfast_pathways import Pathways
 
-# %% ../nbs/train_actions.ipynb #bad8d9f7
+# %% ../nbs/train_actions.ipynb #86cd1a10
 STAGE = "train_actions"
 
 @dataclass(kw_only=True)
 class Config(config.Config):
     "How a small detector of actions is trained on the world."
-    steps:int = 3000  # of two mosaics
+    steps:int = schedule(1800)  # of two mosaics
     chunk:int = 3  # steps from one set of worlds
     worlds:int = 4  # in a set
     windows:int = 5  # clips of each world
@@ -52,7 +53,7 @@ class Config(config.Config):
     cols:int = 6
     min_visible:float = .4  # share of a person that must be seen, 0..1
     settled:float = .4  # seconds that an action has gone on, at least
-    ia:str = ""  # interaction aggregation: dense, serial, parallel
+    still:bool = False  # all frames of a clip are its middle one
     test_clips:int = 160  # held-out clips to judge by
     save_every:int = machine(90)  # steps between checkpoints
     threads:int = machine(1)  # threads of torch; a process draws beside it
@@ -63,7 +64,7 @@ class Config(config.Config):
         if self.steps % self.chunk: raise InputError(
             f"steps={self.steps}: should be a multiple of chunk={self.chunk}")
 
-# %% ../nbs/train_actions.ipynb #b7034311
+# %% ../nbs/train_actions.ipynb #7c6835b3
 ACTIONS = ("stand", "walk", "jump", "wave", "serve")
 GROUPS = (Group("posture", 3, True, 1.), Group("arms", 2, False, 4.))
 
@@ -74,9 +75,7 @@ def network(
     p = Pathways((1, 1, 1, 1), 16, 8, (8, 12, 16, 24), (4, 8, 12, 16), 2,
         (1, 1, 3, 3), (3, 3, 3, 3), (1, cfg.stride//4, 1, 1), (1, 1, 1, 1), 3,
         (1, 1), cfg.frames, cfg.tau, cfg.alpha, False)
-    ia = Interaction(cfg.ia, dim=p.dim, inner=48, out=p.dim, before=2,
-        after=2, max_object=1, dropout=.1) if cfg.ia else None
-    return ActionConfig(p, GROUPS, 96, .1, ia=ia)
+    return ActionConfig(p, GROUPS, 96, .1)
 
 # %% ../nbs/train_actions.ipynb #a3b62a53
 @dataclass
@@ -89,7 +88,7 @@ class Clip:
     seed:int  # of the world
     second:int  # which clip of its world
 
-# %% ../nbs/train_actions.ipynb #0c19650a
+# %% ../nbs/train_actions.ipynb #092615f7
 def clips_of(
     cfg:Config,
     seed:int,  # of the world
@@ -108,7 +107,8 @@ def clips_of(
         t = part[mid][1]
         keep = (t.visible >= cfg.min_visible) & _settled(
             [p[1] for p in part], mid, cfg.settled)
-        out.append(Clip(np.stack([im for im,_ in part]), t.boxes_xyxy[keep],
+        show = [part[mid]]*long if cfg.still else part
+        out.append(Clip(np.stack([im for im,_ in show]), t.boxes_xyxy[keep],
                         t.actions[keep], t.ball, seed, k))
     return out
 
@@ -337,7 +337,7 @@ def info(
         provenance=dict(data="crowdlens world, court", licence="Apache-2.0",
                         command="python -m crowdlens.train_actions -f court"))
 
-# %% ../nbs/train_actions.ipynb #1c4b13cd
+# %% ../nbs/train_actions.ipynb #a2a393e2
 def _finish(r, cfg, fig, scores, truth):
     "Report, picture, figures."
     import matplotlib.pyplot as plt
@@ -360,5 +360,25 @@ def _finish(r, cfg, fig, scores, truth):
                                        for k,v in fig.items()])
     return r.finish(fig, page, ["map", "chance"], pic, dict(
         checkpoint=(r.folder/"checkpoints"/"last").resolve()))
+
+# %% ../nbs/train_actions.ipynb #992e8ff3
+def ship(
+    run,  # folder of a finished run
+    folder,  # is made: the checkpoint that ships
+):
+    "Weights in fp16 and what is known of them, as a folder that opens."
+    run, folder = Path(run), Path(folder)
+    if not (run/"result.json").exists(): raise InputError(
+        "this run has not finished", run, fix="start it again: it goes on")
+    cfg = read_json(run/"config.json")["settings"]
+    model = load_folder(run/"checkpoints"/"last")
+    told = info(config.make(Config, {k: v for k,v in cfg.items()
+        if k in {f.name for f in fields(Config)}}), model)
+    told["metrics"] = read_json(run/"metrics.json")
+    state = {k: v.half().contiguous() if v.is_floating_point() else v
+             for k,v in model.state_dict().items()}
+    with atomic(folder/"model.safetensors") as tmp: save_file(state, tmp,
+        {"format": "pt"})
+    write_json(folder/"crowdlens.json", told)
 
 runs.main(globals())

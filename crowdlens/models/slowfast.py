@@ -257,7 +257,7 @@ def _judge(got, own, state, path):
             "keeps the backbone alone" if head else "take another arch: "
             + ", ".join(ARCHS))
 
-# %% ../../nbs/models/slowfast.ipynb #7a1eaaad
+# %% ../../nbs/models/slowfast.ipynb #c0bcd631
 def load(
     state_or_path,  # weights, a .pth file, or a checkpoint folder
     arch="r50_4x16",  # r50_4x16, r101_8x8, or Pathways
@@ -277,8 +277,10 @@ def load(
         Group("actions", num_classes, False, float(num_classes)),)
     if ia is None: ia = None if no_head else interaction_of(state)
     elif isinstance(ia, str): ia = Interaction(ia) if ia else None
-    cfg = ActionConfig(ARCHS.get(arch, arch) if isinstance(arch, str)
-                       else arch, tuple(groups), ia=ia)
+    cfg = ActionConfig(ARCHS[arch] if isinstance(arch, str) else arch,
+                       tuple(groups), ia=ia)
+    fc = state.get("roi_heads.action.feature_extractor.fc1.bias")
+    if fc is not None and not no_head: cfg.hidden = len(fc)
     model = fresh(cfg, seed)
     fill_actions(model, state, no_head, path)
     return model.eval()
