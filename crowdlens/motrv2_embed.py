@@ -218,7 +218,7 @@ def scenarios(
     if cfg.control: out["control"] = "yolox"
     return out
 
-# %% ../nbs/05_motrv2_embed.ipynb #cfc53bee
+# %% ../nbs/05_motrv2_embed.ipynb #2d0e637c
 def det_dbs(
     cfg:Config,
     r,  # a Run
@@ -249,7 +249,7 @@ def _db(cfg, r, seqs, how, given, least, name):
         cfg.nms, cfg.person, cfg.score_rule,
         r.folder/"det_db"/Path(s.name).name)
     write_det_db(path, out)
-    return out
+    return read_det_db(path)  # rounded, as a run that goes on will have it
 
 def _detector(path):
     "The detector of a checkpoint."
