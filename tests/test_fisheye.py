@@ -321,3 +321,18 @@ def test_exported_folder_through_open_and_its_timing_script(tmp_path):
     assert len(b) == len(s) == len(l) > 0 and (b[:, 2] <= 60).all()
     r = subprocess.run([sys.executable, tmp_path / "o" / "time_onnx.py", "2", "1"], capture_output=True, text=True)
     assert r.returncode == 0 and "frames a second" in r.stdout, r.stderr
+
+
+def test_a_film_cut_short_is_looked_at_as_far_as_it_goes(tmp_path):
+    from crowdlens.core.frames import write_film
+    from crowdlens.models.film_detect import detect_film
+    rng = np.random.default_rng(0)
+    src = tmp_path / "a.webm"
+    write_film(src, [rng.integers(0, 255, (64, 96, 3), np.uint8) for _ in range(12)], 5)
+    whole = detect_film(Half(), src, tmp_path / "w", batch=4, draw=False)
+    assert whole["frames"] == 12
+    data = src.read_bytes()
+    (tmp_path / "b.webm").write_bytes(data[: len(data) // 2])
+    cut = detect_film(Half(), tmp_path / "b.webm", tmp_path / "c", batch=4, draw=False)
+    assert 0 < cut["frames"] < 12
+    assert len(read_json(cut["results"])) == cut["frames"] == len(read_json(cut["images"])["images"])
