@@ -166,7 +166,7 @@ def forward(self:Trainer, b):
     return self.net(b["slow"].to(dev), b["fast"].to(dev), boxes,
         sizes=b["sizes"], objects=b.get("objects"), memory=memory)
 
-# %% ../../nbs/models/action_training.ipynb #9ada81c4
+# %% ../../nbs/models/action_training.ipynb #3bd96d87
 @patch
 def total(self:Trainer, n):
     "Boxes of the step over all ranks, divided by the ranks."
@@ -203,6 +203,7 @@ def remember(self:Trainer, seen, loss):
         from accelerate.utils import gather_object
         rows = gather_object(rows)
     for m,s,x in rows: self.pool.put(m, s, x, loss)
+    if self.acc: self.acc.wait_for_everyone()  # a shared pool is written
 
 # %% ../../nbs/models/action_training.ipynb #a1a971ec
 @patch
