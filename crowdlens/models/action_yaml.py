@@ -150,7 +150,7 @@ FIXED = {_HEAD+"FEATURE_EXTRACTOR": "2MLPFeatureExtractor",
     **{f"{_FAST}{p}.{k}": k == "ACTIVE" for p in ("SLOW", "FAST")
        for k in ("ACTIVE", "CONV3_NONLOCAL", "CONV4_NONLOCAL")}}
 
-# %% ../../nbs/models/action_yaml.ipynb #29947384
+# %% ../../nbs/models/action_yaml.ipynb #e6b24901
 _FIXED_IA = {_IA+k: v for k,v in dict(DIM_IN=2304, DIM_INNER=1024,
     DIM_OUT=2304, FUSION="add", LAYER_NORM=True, TEMPORAL_POSITION=True,
     LENGTH=[30, 30], MEMORY_RATE=1, MAX_PER_SEC=5, MAX_PERSON=25,
@@ -176,7 +176,7 @@ def from_alphaction_yaml(
         out["arch"] = _BODY[body]
     if _IA+"ACTIVE" in s: out["ia"] = s.get(_IA+"STRUCTURE", "serial"
         ) if s[_IA+"ACTIVE"] else ""
-    if "SOLVER.SCHEDULER" in s: out["schedule"] = s["SOLVER.SCHEDULER"
+    if "SOLVER.SCHEDULER" in s: out["decay"] = s["SOLVER.SCHEDULER"
         ].removeprefix("warmup_").replace("half_period_cosine", "cosine")
     if s.get("OUTPUT_DIR", ".") != ".": out["name"] = Path(
         s["OUTPUT_DIR"]).name
