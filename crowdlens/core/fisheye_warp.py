@@ -69,7 +69,7 @@ def bend(
     return Fisheye(min(size)/2/angle, (size[0]/2, size[1]/2), size=tuple(size),
                    max_angle=math.pi/2)
 
-# %% ../../nbs/core/fisheye_warp.ipynb #1915ca5d
+# %% ../../nbs/core/fisheye_warp.ipynb #22bd4b8f
 def coarse_map(
     src,  # camera of the picture
     dst,  # camera of the new one, with its size
@@ -81,9 +81,9 @@ def coarse_map(
     uv = np.stack(np.meshgrid(np.arange(nx)*step + .5,
                               np.arange(ny)*step + .5), -1)
     m = np.nan_to_num(reproject(uv, dst, src), nan=-1e5).clip(-1e5, 1e5) - .5
-    x, y = np.arange(w)/step, np.arange(h)/step
-    at = np.stack(np.meshgrid(x, y), -1).astype(np.float32)
-    return cv2.remap(m.astype(np.float32), at, None, cv2.INTER_LINEAR)
+    return cv2.warpAffine(m.astype(np.float32), np.diag([1/step]*2 + [0])[:2],
+        (w, h), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_REPLICATE)
 
 def warp_image(
     image,  # (H,W,3) uint8
