@@ -213,3 +213,17 @@ def test_a_run_s_checkpoint_opens_through_the_one_door(tmp_path):
         assert torch.allclose(ck.model(x).pred_boxes, m(x).pred_boxes, atol=1e-5)
     (boxes, scores, labels), = Detector(ck).detect(np.zeros((128, 192, 3), np.uint8))
     assert boxes.shape == (9, 4) and boxes.max() <= 192 and set(labels) <= {0, 1}
+
+
+def test_the_stage_offers_the_options():
+    from crowdlens import detr_dinov3 as stage
+
+    small = dict(data="world", backbone="tiny", d_model=32, encoder_layers=1, decoder_layers=1, num_queries=9)
+    names = ["person", "head"]
+    assert stage.make_model(stage.Config(**small), names).config.model_type == "detr"
+    m = stage.make_model(stage.Config(**small, blocks="1, 2", group_norm=True, two_stage=True, refine=True), names)
+    assert isinstance(m, detr_beyond.BeyondDetr) and list(m.config.blocks) == [1, 2]
+    x, lab = batch()
+    assert torch.isfinite(m.train()(pixel_values=x, labels=lab).loss)
+    with pytest.raises(InputError, match="no list of numbers"):
+        stage.make_model(stage.Config(**small, blocks="1-2"), names)
