@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STAGE', 'LEAD', 'edge_story', 'plot_edge', 'Basis', 'Training', 'Config', 'camera_set', 'spread', 'load', 'shipped',
            'make_model', 'precision_of', 'forecast', 'train', 'curves', 'shown', 'report', 'to_tensorboard', 'evaluate',
-           'shared', 'look', 'step_augment', 'step_label', 'relative', 'pipeline', 'run']
+           'shared', 'look', 'meet', 'step_augment', 'step_label', 'relative', 'labelled_set', 'pipeline', 'run']
 
-# %% ../nbs/04_dfine_fisheye.ipynb #05f14b96
+# %% ../nbs/04_dfine_fisheye.ipynb #8ed2a632
 import math,os,time
+from accelerate import PartialState
 from dataclasses import dataclass,field,replace
 from pathlib import Path
 from typing import Literal
@@ -17,9 +18,11 @@ import torch
 from .core import config,plots,runs
 from .core.config import machine,schedule,take
 from .core.detection_data import DetData,open_data
+from .core.fisheye_augment import augment
 from .core.files import InputError,cache_dir,read_json,write_json
 from .core.frames import write_picture
 from .core.letterbox import Letterbox,to_dict
+from .core.pseudo_labels import label_set,merge_labels
 from .core.report import Report
 from .core.world import World
 from .core.worldfiles import CLASSES,coco_dict,labelled
@@ -218,8 +221,10 @@ def _beside(path):
     return str(p.with_suffix("")) if p.suffix == ".json" and p.with_suffix(
         "").is_dir() else ""
 
-# %% ../nbs/04_dfine_fisheye.ipynb #2dca3bd3
-def shipped(model:str):  # of a Config
+# %% ../nbs/04_dfine_fisheye.ipynb #3b3395c5
+def shipped(
+    model:str,  # of a Config
+):
     "The path of a checkpoint that ships with crowdlens; else `model`."
     here = runs.assets()/"data"/"tiny"/"street"
     if model != "street": return model
@@ -290,9 +295,10 @@ def forecast(cfg, me, items, run) -> dict:
     if run.main: write_json(note, out)
     return out
 
-# %% ../nbs/04_dfine_fisheye.ipynb #aa426849
+# %% ../nbs/04_dfine_fisheye.ipynb #b615ee65
 def train(cfg, run):
     "Train; gives the learner, both sets and the figures from before."
+    runs.seed_all(cfg.seed)
     tr, va = load(cfg); names = [tr.names[k] for k in tr.ids]
     run.log(f"train {tr}; val {va}")
     if not len(tr.boxes_xyxy): run.log("no picture has an object: the "
@@ -328,7 +334,7 @@ def _before(cfg, run, me, judged) -> dict:
     if run.main: write_json(note, figs)
     return figs
 
-# %% ../nbs/04_dfine_fisheye.ipynb #6fe0e5d3
+# %% ../nbs/04_dfine_fisheye.ipynb #74f5dcef
 LEAD = ("map", "map_50", "f1_challenge_best", "f1")
 
 def curves(
@@ -348,7 +354,7 @@ def curves(
     for ax in (a, b): ax.legend(fontsize=7)
     return fig
 
-def shown(data:DetData, preds, names, least:float=.3, n:int=4):
+def shown(data:DetData, preds, names, least:float=.3, n:int=2):
     "The truth beside what was found, of some pictures."
     im, b, s, l = preds.arrays(); pics, caps = [], []
     for i in np.linspace(0, len(data) - 1, min(n, len(data))).astype(int):
@@ -360,7 +366,7 @@ def shown(data:DetData, preds, names, least:float=.3, n:int=4):
                  f"{k.sum()} found at {least}"]
     return plots.contact_sheet(pics, caps, 2, (300, 300))
 
-# %% ../nbs/04_dfine_fisheye.ipynb #4e96e721
+# %% ../nbs/04_dfine_fisheye.ipynb #6a257c88
 def _train(cfg, run) -> runs.Result:
     "Train, judge the best epoch, report."
     me, tr, va, before, took = train(cfg, run)
@@ -373,6 +379,7 @@ def _train(cfg, run) -> runs.Result:
     preds = find_all(me.ema.module, judged, me.mean, me.std,
         cfg.device_batch, cfg.workers, me.acc.process_index,
         me.acc.num_processes)
+    if not run.main: return runs.Result(run.folder)
     page = Report("04 · D-FINE on fisheye cameras", f"{cfg.data}, started "
                   f"from {cfg.model}")
     figs, pic = report(cfg, run, page, va, preds)
@@ -415,13 +422,14 @@ def to_tensorboard(
             for k,v in r.items():
                 if k != "step" and v is not None: w.add_scalar(k, v, r["step"])
 
-# %% ../nbs/04_dfine_fisheye.ipynb #4f2ff177
+# %% ../nbs/04_dfine_fisheye.ipynb #eff52f2c
 def evaluate(cfg, run) -> runs.Result:
     "Judge a checkpoint on labelled pictures; nothing is trained."
     va = load(replace(cfg, train_limit=1))[1]
     det = Detector(shipped(cfg.model)); to = shared(det.labels, va)
     run.log(f"{det}; {va}")
     found = detect_files(det, va.files, run.folder, cfg.device_batch)
+    if not run.main: return runs.Result(run.folder)
     preds = Predictions()
     for i,(b, s, l) in zip(va.image_ids.tolist(), found):
         k = to[l] >= 0; preds.add(i, b[k], s[k], to[l[k]])
@@ -450,21 +458,28 @@ def look(cfg, run) -> runs.Result:
         cfg.device_batch, cfg.least, tiles=cfg.tiles, submission=
         cfg.submission, thresholds=cfg.thresholds or None, det_db=cfg.det_db,
         classes=cfg.classes, det_score=cfg.det_score)
+    if not run.main: return runs.Result(run.folder)
     n = len(read_json(got["results"]))
     return run.finish(dict(detections=n), Report("04 · detections",
         str(cfg.data)).cards(dict(detections=n)), ["detections"],
         products={k: v for k,v in got.items() if Path(v).exists()})
 
-# %% ../nbs/04_dfine_fisheye.ipynb #5958ea2a
+# %% ../nbs/04_dfine_fisheye.ipynb #2853986e
+def meet():
+    "Wait until all processes of a distributed run are here."
+    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+
 def _sub(cfg, what, **changes):
     "The settings of one step, a run beside this one."
     return replace(cfg, name=f"{cfg.name}.{what}", **changes)
 
+# %% ../nbs/04_dfine_fisheye.ipynb #c0945d55
 def step_augment(cfg, run, files):
     "Changed copies of the labelled pictures."
-    from crowdlens.core.fisheye_augment import augment
     got = augment(files["images"], files["train"], run.folder/"augmented",
-        cfg.copies, cfg.seed, validation=8, workers=cfg.workers)
+        cfg.copies, cfg.seed, validation=8, workers=cfg.workers
+        ) if run.main else {}
+    meet()
     return run.folder/"augmented"/"annotations.json", got
 
 def step_label(cfg, run, teachers, pictures, train_json, folder):
@@ -476,13 +491,15 @@ def step_label(cfg, run, teachers, pictures, train_json, folder):
         found = detect_files(det, all_files, at, cfg.device_batch)
         doc, rows = coco_of(all_files, found, det.labels, pictures)
         models[f"teacher {k + 1}"] = dict(doc, annotations=rows)
+    top = os.path.commonpath([os.path.abspath(p) for p in (folder, pictures)])
+    if not run.main: meet(); return run.folder/"merged.json", top, {}
     got = label_set(models, run.folder/"labels", pictures=pictures,
         iou_thr=cfg.iou_thr, skip_thr=cfg.skip_thr, thresholds=cfg.pseudo_thr,
         weights=cfg.weights or None, shown=8)
-    whole = merge_labels(relative(train_json, folder, run.folder),
-        relative(got["pseudo"], pictures, run.folder))
-    write_json(run.folder/"merged.json", whole, None)
-    return run.folder/"merged.json", got
+    whole = merge_labels(relative(train_json, folder, top),
+                         relative(got["pseudo"], pictures, top))
+    write_json(run.folder/"merged.json", whole, None); meet()
+    return run.folder/"merged.json", top, got
 
 def relative(json, folder, top) -> dict:
     "A COCO document whose file names are relative to `top`."
@@ -491,7 +508,19 @@ def relative(json, folder, top) -> dict:
         Path(folder)/m["file_name"], top)
     return doc
 
-# %% ../nbs/04_dfine_fisheye.ipynb #9ddea5a0
+# %% ../nbs/04_dfine_fisheye.ipynb #7e34f249
+def labelled_set(cfg, run) -> dict:
+    "JSON and folder of the labelled pictures, a YOLO set's written anew."
+    d = load(cfg)[0]
+    if cfg.data.endswith(".json"): return dict(train=cfg.data, images=d.root)
+    top = os.path.commonpath([str(Path(f).parent) for f in d.files])
+    doc = d.coco()
+    for m,f in zip(doc["images"], d.files):
+        m["file_name"] = os.path.relpath(f, top)
+    if run.main: write_json(run.folder/"labelled.json", doc, None)
+    return dict(train=str(run.folder/"labelled.json"), images=top)
+
+# %% ../nbs/04_dfine_fisheye.ipynb #85feb60f
 def pipeline(cfg, run) -> runs.Result:
     "Augment, train, label, train again, evaluate, export."
     if cfg.data == "world":
@@ -501,19 +530,20 @@ def pipeline(cfg, run) -> runs.Result:
             unlabelled=cfg.unlabelled or str(top/"unlabelled"))
     if not cfg.unlabelled: raise InputError("no pictures without labels",
         fix="-p unlabelled=FOLDER")
-    folder = cfg.images or str(Path(load(cfg)[0].root))
-    rows, files = [], dict(train=cfg.data, images=folder)
+    rows, files = [], labelled_set(cfg, run)
+    cfg = replace(cfg, val_data=cfg.val_data or cfg.data, val_images=
+        cfg.val_images or ("" if cfg.val_data else files["images"]))
     aug, got = step_augment(cfg, run, files)
     rows.append(_line("augment", f"{cfg.copies} copies a picture", got))
     one = _run(_sub(cfg, "first", mode="train", data=str(aug), images=str(
         aug.parent/"images"), train_limit=0))
     rows.append(_line("train", "on the copies", one.metrics))
     best = one.folder/"checkpoints"/"best"
-    merged, got = step_label(cfg, run, [str(best), *cfg.teachers],
+    merged, root, got = step_label(cfg, run, [str(best), *cfg.teachers],
         cfg.unlabelled, aug, aug.parent/"images")
     rows.append(_line("label", f"{1 + len(cfg.teachers)} teachers", got))
     two = _run(_sub(cfg, "second", mode="train", data=str(merged),
-        images=str(run.folder), model=str(best.resolve()), train_limit=0,
+        images=root, model=str(best.resolve()), train_limit=0,
         epochs=cfg.second_epochs, stop_epoch=cfg.second_epochs,
         lr=cfg.second_lr, backbone_lr=cfg.second_backbone_lr, size=0))
     rows.append(_line("train again", "with pseudo labels", two.metrics))
@@ -523,7 +553,7 @@ def _run(cfg):
     "A step that is a run of this stage."
     return run(replace(cfg, again=False))
 
-# %% ../nbs/04_dfine_fisheye.ipynb #745d8407
+# %% ../nbs/04_dfine_fisheye.ipynb #7e10a8e4
 def _line(step, what, figs) -> dict:
     "A line of the pipeline's report."
     keys = ("images", "annotations", "labels")
@@ -533,6 +563,7 @@ def _line(step, what, figs) -> dict:
 
 def _end(cfg, run, rows, last) -> runs.Result:
     "Export the last network, and the page over all steps."
+    if not run.main: return runs.Result(run.folder)
     best = (last.folder/"checkpoints"/"best").resolve()
     made = dict(checkpoint=best)
     if cfg.onnx and run.main:
