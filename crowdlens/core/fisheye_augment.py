@@ -189,21 +189,22 @@ def paste(
         (part[edge].mean()+1)/(cut[edge].mean()+1), .6, 1.4)
     part[:] = np.clip(part*(1-soft) + cut*gain*soft, 0, 255).round()
 
-# %% ../../nbs/core/fisheye_augment.ipynb #2d3dfa9c
+# %% ../../nbs/core/fisheye_augment.ipynb #f8d8966b
 def change(
     image,  # (H,W,3) uint8
     boxes_xyxy,  # (N,4) pixels
     labels,  # (N,)
     changes:Changes,
     rng,  # NumPy Generator
-    donor=None,  # image, its box, label: what may be pasted
+    donor=None,  # function that gives what may be pasted: image, box, label
 ):  # image, boxes_xyxy, labels, which of N (-1: pasted), words
     "One changed copy of a picture and its boxes."
     image, b = image.copy(), np.asarray(boxes_xyxy, float).reshape(-1, 4)
     labels, of, words = np.asarray(labels), np.arange(len(b)), []
     h, w = image.shape[:2]
     want = rng.random() < changes.paste
-    if want and donor is not None and donor[0].shape == image.shape:
+    donor = donor() if want and donor else None
+    if donor is not None and donor[0].shape == image.shape:
         room = free_place(donor[1], b, (w, h), rng)
         if room is not None:
             paste(image, donor[0], donor[1], room[0])
@@ -254,7 +255,7 @@ def _begin(job):
     global _JOB
     _JOB = job; cv2.setNumThreads(1)
 
-# %% ../../nbs/core/fisheye_augment.ipynb #2aa884de
+# %% ../../nbs/core/fisheye_augment.ipynb #e130a068
 def _work(i):
     "Write all copies of picture `i` and its record."
     job = _JOB
@@ -271,7 +272,7 @@ def _work(i):
     for k in range(1, job.n + 1):
         rng = np.random.default_rng([job.seed, word, k])
         got, b2, c2, of, how = change(image, b, c, job.changes, rng,
-                                      _donor(job, image.shape, rng))
+            lambda: _donor(job, image.shape, rng))
         write_picture(job.out/"images"/job.name(i, k), got, job.quality)
         rows.append(_row(job, i, k, got, b2, c2, of, how))
         if (i, k) in job.shown: write_picture(job.out/"validation"/(
