@@ -275,7 +275,7 @@ def fit(self:Learner,
         figs = judge(preds, val.data)
         self._after(run, terms, figs, info, more)
 
-# %% ../../nbs/models/dfine_loop.ipynb #ae92f644
+# %% ../../nbs/models/dfine_loop.ipynb #3958bf8c
 @patch
 def _second_stage(self:Learner, run, kept):
     "Back to the best weights of stage 1, of which a copy is kept."
@@ -288,6 +288,21 @@ def _second_stage(self:Learner, run, kept):
             f"{best.parent.resolve().name}")
 
 @patch
+def _sides(self:Learner, canvas) -> list:
+    "Sizes to draw from; none with fewer places than there are queries."
+    p, c = self.plan, self.model.config
+    def places(side): return sum(math.ceil(side*s/max(canvas)/f)
+        *math.ceil(side*t/max(canvas)/f) for f in c.feat_strides
+        for s,t in [canvas])
+    if places(max(canvas)) < c.num_queries: raise InputError(
+        f"a canvas of {canvas} has fewer places than the network has "
+        f"queries, {c.num_queries}", fix="take a larger size")
+    if not p.scales or self.epoch >= p.stop_epoch: return [0]
+    return [s for s in multi_scale(max(canvas), p.scales)
+            if places(s) >= c.num_queries]
+
+# %% ../../nbs/models/dfine_loop.ipynb #ffd1eff6
+@patch
 def _epoch(self:Learner, run, items) -> dict:
     "The steps of one epoch; the mean of each term."
     p, acc, t0 = self.plan, self.acc, time.time()
@@ -295,8 +310,7 @@ def _epoch(self:Learner, run, items) -> dict:
         p.device_batch, acc.process_index, acc.num_processes)
     n = max(1, min(p.batch_size//acc.num_processes//p.device_batch,
                    len(keys)))
-    sides = multi_scale(max(items.box.canvas), p.scales) if p.scales and (
-        self.epoch < p.stop_epoch) else [0]
+    sides = self._sides(items.box.canvas)
     self.model.train(); sums, parts = {}, []
     feed = DataLoader(items, batch_sampler=keys, collate_fn=collate,
                       num_workers=p.workers)
