@@ -29,7 +29,7 @@ from .models import checkpoints
 from .models.detector import Detector,save_hugging_face
 from .models.small_detector import *
 
-# %% ../nbs/train_world.ipynb #ace24a90
+# %% ../nbs/train_world.ipynb #2759a5c8
 STAGE = "train_world"
 
 @dataclass(kw_only=True)
@@ -46,11 +46,14 @@ class Config(config.Config):
     height:int = 256  # of the network's canvas, pixels
     width:int = 416  # of the network's canvas, pixels
     queries:int = 100  # boxes an image
+    start:str = ""  # a checkpoint to go on from; empty: from scratch
     test_frames:int = 500  # held-out frames to judge by
     save_every:int = machine(240)  # steps between checkpoints
     threads:int = machine(1)  # threads of torch; a process draws beside it
 
     def check(self):
+        if self.start and not Path(self.start).is_dir(): raise InputError(
+            "start: no such checkpoint", self.start)
         if self.steps % self.chunk: raise InputError(
             f"steps={self.steps}: should be a multiple of chunk={self.chunk}")
 
@@ -108,13 +111,15 @@ def groups(
     return [dict(params=[p for p in ps if p.ndim > 1], weight_decay=1e-4),
             dict(params=[p for p in ps if p.ndim < 2], weight_decay=0.)]
 
-# %% ../nbs/train_world.ipynb #0bf18963
+# %% ../nbs/train_world.ipynb #784ef2a6
 class Learner:
     "A model, its optimiser and its average, that can be put away and back."
     def __init__(self, cfg:Config):
         self.cfg, self.names = cfg, CLASSES[cfg.scene]
         self.box = Letterbox(cfg.height, cfg.width)
         self.model = small_detector(self.names, cfg.seed, queries=cfg.queries)
+        if cfg.start: self.model.load_state_dict(checkpoints.open(
+            cfg.start).model.state_dict())
         self.model.to(memory_format=torch.channels_last).train()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed); self.head = DenseHead(self.model)
@@ -150,7 +155,7 @@ class Learner:
         self.step += 1
         return loss.item()
 
-# %% ../nbs/train_world.ipynb #55e36c8c
+# %% ../nbs/train_world.ipynb #4e43007b
 @patch
 def tensors(self:Learner, batch):
     "Pixels and labels of a batch, as the loss takes them."
@@ -167,7 +172,7 @@ def info(self:Learner) -> dict:
         mean=MEAN, std=STD, label_map={i: n for i,n in enumerate(self.names)},
         provenance=dict(data=f"crowdlens world, {self.cfg.scene}",
                         licence="Apache-2.0", command="python -m "
-                        f"crowdlens.train_world -f {self.cfg.scene}"))
+                        f"crowdlens.train_world -f {self.cfg.name}"))
 
 # %% ../nbs/train_world.ipynb #6566254e
 @torch.inference_mode()
