@@ -8,7 +8,7 @@ __all__ = ['STAGE', 'YOLOX', 'FIGURES', 'Data', 'Config', 'from_guide', 'checkli
            'variants', 'track_all', 'judge', 'table', 'differences', 'promises', 'loss_picture', 'curve_picture',
            'report', 'best_way', 'run', 'network']
 
-# %% ../nbs/05_motrv2_embed.ipynb #9951e793
+# %% ../nbs/05_motrv2_embed.ipynb #757e7ac1
 import os,shlex
 from contextlib import nullcontext
 from dataclasses import asdict,dataclass,field
@@ -23,7 +23,7 @@ from .core.det_db import (check_db,db_summary,merge,read_det_db,
     recall_by_score,suppress,write_det_db)
 from .core.files import (InputError,atomic,cache_dir,read_json,
     read_text,write_json)
-from .core.mot import MotRows,read_mot
+from .core.mot import read_mot,save_mot
 from .core.plots import color,histogram,new_figure,use_style
 from .core.report import Report
 from .core.score_calibration import fit,read_calibration,scores_of
@@ -218,7 +218,7 @@ def scenarios(
     if cfg.control: out["control"] = "yolox"
     return out
 
-# %% ../nbs/05_motrv2_embed.ipynb #2d0e637c
+# %% ../nbs/05_motrv2_embed.ipynb #51e088e3
 def det_dbs(
     cfg:Config,
     r,  # a Run
@@ -231,8 +231,8 @@ def det_dbs(
         given = (cfg.det_db, cfg.det_db_test) if not name else ("", "")
         out[name] = tuple(_db(cfg, r, s, how, g, t, f"{name or 'main'}_{w}")
             for s,g,t,w in ((train, given[0], cfg.train_score, "train"),
-                            (test, given[1] or (given[0] if test is train
-                             else ""), cfg.test_score, "test")))
+                            (test, given[1] or (given[0] if not
+                             cfg.test_data else ""), cfg.test_score, "test")))
     return out
 
 def _db(cfg, r, seqs, how, given, least, name):
@@ -276,7 +276,7 @@ def box_style(
     return dict(zip(("left", "top", "right", "bottom"), m.tolist()),
                 pairs=len(all_))
 
-# %% ../nbs/05_motrv2_embed.ipynb #2967ef2b
+# %% ../nbs/05_motrv2_embed.ipynb #833074dd
 def labels_of(
     cfg:Config,
     r,  # a Run
@@ -285,16 +285,21 @@ def labels_of(
     dbs:dict,  # from `det_dbs`
 ) -> dict:  # sequence name -> path of its gt.txt
     "Who says who is who in training."
-    if cfg.teacher == "truth":
-        for s in train: truth_of(s)
-        return {s.name: next(p for p in (s.folder/"gt"/"gt.txt",
-            s.folder/"gt.txt") if p.is_file()) for s in train}
+    if cfg.teacher == "truth": return {s.name: _people(s, r) for s in train}
     db = dbs[""][0] if cfg.teacher == "detections" else own_boxes(
         cfg, r, train)
     if db is None: raise InputError("teacher=yolox needs det_db_yolox",
                                     fix=YOLOX)
     return pseudo_truth(model, train, db, r.folder/"pseudo",
         cfg.gt_min_length, cfg.gt_fill, **tracker_settings(cfg))
+
+def _people(seq, r):
+    "The people of a truth, in the form that a training reads."
+    path = r.folder/"truth"/f"{Path(seq.name).name}.txt"
+    rows = truth_of(seq)
+    if not path.is_file(): save_mot(path, tracking.prepare(
+        rows, rows[:0])[0], "gt")
+    return path
 
 # %% ../nbs/05_motrv2_embed.ipynb #c9068e1c
 def own_boxes(cfg:Config, r, train) -> dict|None:
