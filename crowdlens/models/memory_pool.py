@@ -94,7 +94,7 @@ def load_state_dict(self:MemoryPool,
         state["movies"], state["seconds"].tolist(), rows,
         state["tags"].tolist())}
 
-# %% ../../nbs/models/memory_pool.ipynb #3f6650a1
+# %% ../../nbs/models/memory_pool.ipynb #d1b7cb7d
 class SharedPool(MemoryPool):
     "A memory pool in a file that the processes of a machine share."
     def __init__(self,
@@ -120,6 +120,7 @@ class SharedPool(MemoryPool):
     @property
     def nbytes(self): return self.map.numel()*4
 
+# %% ../../nbs/models/memory_pool.ipynb #05f506cf
 @patch
 def put(self:SharedPool, movie, second, features, tag=0.):
     "Keep a second's persons, where this process is the writer."

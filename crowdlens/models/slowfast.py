@@ -66,7 +66,7 @@ class Actions:
         "Persons of each clip."
         return [len(b) for b in self.boxes]
 
-# %% ../../nbs/models/slowfast.ipynb #7774655a
+# %% ../../nbs/models/slowfast.ipynb #03111805
 class ActionDetector(nn.Module):
     "SlowFast, a head for persons, and interaction aggregation if wanted."
     def __init__(self,
@@ -103,6 +103,7 @@ class ActionDetector(nn.Module):
         return Actions(boxes, scores(got, self.config.groups), got, x, o,
                        keep or {})
 
+# %% ../../nbs/models/slowfast.ipynb #e1083b9f
 def _boxes(boxes, like):
     "Boxes of each clip as float32 tensors on the device of `like`."
     return [torch.as_tensor(np.asarray(b, np.float32).reshape(-1, 4)

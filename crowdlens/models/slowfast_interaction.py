@@ -63,7 +63,7 @@ class Point(nn.Conv3d):
     def forward(self, x):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
-# %% ../../nbs/models/slowfast_interaction.ipynb #d9df17d0
+# %% ../../nbs/models/slowfast_interaction.ipynb #25302bd3
 class Attend(nn.Module):
     "A person's question to the slots of its clip."
     def __init__(self,
@@ -92,23 +92,26 @@ class Attend(nn.Module):
         return (k + at(self.temporal_position_k),
                 v + at(self.temporal_position_v))
 
-    def forward(self,
-        person,  # (N, inner)
-        slots,  # (B, S, inner)
-        clip,  # (N,) which clip each person is in
-        keep:dict|None=None,  # attention weights are put here
-        name:str="",  # under this name
-    ): # (N, out)
-        k, v = self.keys_values(slots)
-        q = self.query(person)[:, None]
-        a = (q @ k[clip].transpose(1, 2))/math.sqrt(self.config.inner)
-        a = a.softmax(-1)
-        if keep is not None: keep[f"attention/{name}"] = a[:, 0]
-        y = (a @ v[clip])[:, 0]
-        if self.config.layer_norm: y = F.layer_norm(y, y.shape[-1:])
-        y = self.out(F.relu(y))
-        y = F.dropout(y, self.config.dropout, self.training)
-        return y + (person if self.shortcut is None else self.shortcut(person))
+# %% ../../nbs/models/slowfast_interaction.ipynb #048c81f6
+@patch
+def forward(self:Attend,
+    person,  # (N, inner)
+    slots,  # (B, S, inner)
+    clip,  # (N,) which clip each person is in
+    keep:dict|None=None,  # attention weights are put here
+    name:str="",  # under this name
+): # (N, out)
+    "What the slots tell each person."
+    k, v = self.keys_values(slots)
+    q = self.query(person)[:, None]
+    a = (q @ k[clip].transpose(1, 2))/math.sqrt(self.config.inner)
+    a = a.softmax(-1)
+    if keep is not None: keep[f"attention/{name}"] = a[:, 0]
+    y = (a @ v[clip])[:, 0]
+    if self.config.layer_norm: y = F.layer_norm(y, y.shape[-1:])
+    y = self.out(F.relu(y))
+    y = F.dropout(y, self.config.dropout, self.training)
+    return y + (person if self.shortcut is None else self.shortcut(person))
 
 # %% ../../nbs/models/slowfast_interaction.ipynb #b2435833
 def fill_slots(
