@@ -578,7 +578,7 @@ def _pictures(cfg, r, page, test, tracks, counts, dbs):
             + f", {s.name}")
     return made
 
-# %% ../nbs/05_motrv2_embed.ipynb #4100a6b8
+# %% ../nbs/05_motrv2_embed.ipynb #ea4dc9ba
 def report(cfg, r, test, tracks, counts, dbs, maps, vectors, model, train):
     "The page, the figures, the products."
     page = Report("05 · MOTRv2 with another detector",
@@ -591,6 +591,9 @@ def report(cfg, r, test, tracks, counts, dbs, maps, vectors, model, train):
         "detector's boxes", detections="tracks of the original on **these** "
         "detections: it can only learn to repeat itself")[cfg.teacher]
         + " said who is who.")
+    if cfg.mode == "train" and {str(t.folder) for t in train} & {
+        str(t.folder) for t in test}: page.say("Tuned and judged on the "
+        "**same** sequences: this says nothing about others.", "bad")
     steady = {w: _total_stability(test, rows) for w,rows in tracks.items()}
     figs, diff = {}, []
     if counts:
