@@ -3217,6 +3217,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'crowdlens.motrv2_embed._main_first': ( 'motrv2_embed.html#_main_first',
                                                                                 'crowdlens/motrv2_embed.py'),
                                         'crowdlens.motrv2_embed._number': ('motrv2_embed.html#_number', 'crowdlens/motrv2_embed.py'),
+                                        'crowdlens.motrv2_embed._people': ('motrv2_embed.html#_people', 'crowdlens/motrv2_embed.py'),
                                         'crowdlens.motrv2_embed._pictures': ('motrv2_embed.html#_pictures', 'crowdlens/motrv2_embed.py'),
                                         'crowdlens.motrv2_embed._say': ('motrv2_embed.html#_say', 'crowdlens/motrv2_embed.py'),
                                         'crowdlens.motrv2_embed._to_tune': ('motrv2_embed.html#_to_tune', 'crowdlens/motrv2_embed.py'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'TWIN', 'Design', 'ResNet50', 'Block', 'SmallNet', 'project', 'MOTRv2', 'once', 'twice', 'network_size',
-           'to_size', 'to_pixels', 'live', 'Tracks', 'result_lines', 'design_of', 'load']
+           'to_size', 'to_pixels', 'live', 'folded', 'Tracks', 'result_lines', 'design_of', 'load']
 
-# %% ../../nbs/models/motrv2.ipynb #95711f1c
-import math
-from dataclasses import asdict,dataclass,fields
+# %% ../../nbs/models/motrv2.ipynb #ccd76cbb
+import copy,math
+from dataclasses import asdict,dataclass,fields,replace
 from pathlib import Path
 import cv2
 import numpy as np
@@ -17,6 +17,7 @@ import torchvision
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d,box_convert
 from ..core.files import InputError,read_json
 from ..core.letterbox import MEAN,STD
@@ -47,7 +48,7 @@ class Design:
 
 SMALL = Design(96, 256, 3, 6, 4, 1, 3, 10, 16., "small", 192, 320)
 
-# %% ../../nbs/models/motrv2.ipynb #6ded0bb2
+# %% ../../nbs/models/motrv2.ipynb #b3ff0bb5
 class ResNet50(nn.Module):
     "Maps of stride 8, 16 and 32."
     channels = 512, 1024, 2048
@@ -62,6 +63,7 @@ class ResNet50(nn.Module):
         c3 = b.layer2(x); c4 = b.layer3(c3)
         return c3, c4, b.layer4(c4)
 
+# %% ../../nbs/models/motrv2.ipynb #ce72a10c
 class Block(nn.Module):
     "Two convolutions and a shortcut, half the size."
     def __init__(self, a, b):
@@ -91,6 +93,7 @@ class SmallNet(nn.Module):
         c3 = self.body[2](x); c4 = self.body[3](c3)
         return c3, c4, self.body[4](c4)
 
+# %% ../../nbs/models/motrv2.ipynb #ce60a5da
 def project(
     channels,  # of the backbone's maps
     levels:int,  # of the pyramid; the last ones shrink the last map
@@ -102,7 +105,7 @@ def project(
     return nn.ModuleList([level(c, 1) for c in channels]
         + [level(channels[-1], 3) for _ in range(levels - len(channels))])
 
-# %% ../../nbs/models/motrv2.ipynb #0123fad1
+# %% ../../nbs/models/motrv2.ipynb #72ab84a8
 class MOTRv2(nn.Module):
     "Detections and tracks as queries to one frame after the other."
     def __init__(self,
@@ -137,12 +140,14 @@ class MOTRv2(nn.Module):
             nn.init.constant_(cls.bias, -math.log(99))
         nn.init.uniform_(self.position.weight)
 
+# %% ../../nbs/models/motrv2.ipynb #509784b0
 @patch
 def see(self:MOTRv2,
     pixels,  # (B,3,h,w) normalised
+    net=None,  # a backbone from `folded`; default: the model's
 ): # tokens (B,S,width), shapes [(h,w)]
     "The picture as the decoder reads it."
-    got = self.backbone[0](pixels)
+    got = (net or self.backbone[0])(pixels)
     maps = [p(m) for p, m in zip(self.input_proj, got)]
     maps += [p(got[-1]) for p in self.input_proj[len(got):]]
     return self.transformer.encode(maps)
@@ -232,6 +237,27 @@ def live(
     q.ids[away & (q.misses >= miss_tolerance)] = -1
     return next_id + n
 
+# %% ../../nbs/models/motrv2.ipynb #872ffa1a
+@torch.no_grad()
+def folded(
+    net,  # a ResNet50 or a SmallNet
+):
+    "A copy with its norms folded into the convolutions; others as they are."
+    if not isinstance(net, ResNet50): return net
+    net = copy.deepcopy(net)
+    for block in (net.body, *net.body.modules()):
+        for conv, bn in (("conv1", "bn1"), ("conv2", "bn2"),
+                         ("conv3", "bn3"), ("0", "1")):
+            c, b = (getattr(block, k, None) for k in (conv, bn))
+            if isinstance(b, FrozenBatchNorm2d): setattr(block, bn, _fold(c, b))
+    return net.to(memory_format=torch.channels_last).eval()
+
+def _fold(conv, bn):
+    "Put `bn` into `conv`; what stands in its place."
+    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias,
+        bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+    return nn.Identity()
+
 # %% ../../nbs/models/motrv2.ipynb #99b8936c
 @dataclass(eq=False)
 class Tracks:
@@ -256,7 +282,7 @@ def result_lines(
                    "1,-1,-1,-1")
     return out
 
-# %% ../../nbs/models/motrv2.ipynb #f91371fb
+# %% ../../nbs/models/motrv2.ipynb #1691e74b
 @patch
 def track(self:MOTRv2,
     frames,  # (H,W,3) uint8 RGB each, any iterable
@@ -272,12 +298,13 @@ def track(self:MOTRv2,
     "Follow people through a video, frame by frame."
     rule = _rule(self.design, size_rule)
     me, next_id, dev = None, 0, self.yolox_embed.weight.device
+    net = folded(self.backbone[0])
     for frame, prop in zip(_frames(frames), _proposals(proposals)):
         with torch.inference_mode():
             x = to_pixels(frame, network_size(*frame.shape[:2], *rule))
             q = self.new_queries(prop)
             if me is not None: q = q + me
-            logits, boxes, out = self.ask(q, self.see(x.to(dev)))
+            logits, boxes, out = self.ask(q, self.see(x.to(dev), net))
             s = logits[-1, :, 0].sigmoid()
             next_id = live(q, s, next_id, score, miss_tolerance)
             keep = q.ids >= 0
@@ -288,6 +315,7 @@ def track(self:MOTRv2,
         if raw: got.raw = _raw(logits, boxes, out, got, me)
         yield got
 
+# %% ../../nbs/models/motrv2.ipynb #8c01f057
 def _tracks(me, boxes, scores, shape, score, min_area):
     "Boxes in pixels of the frame, and which are written."
     h, w = shape[:2]
@@ -337,7 +365,7 @@ def _proposals(proposals):
             fix="divide by the frame's width and height")
         yield p
 
-# %% ../../nbs/models/motrv2.ipynb #cffa28f1
+# %% ../../nbs/models/motrv2.ipynb #1bd1b4b0
 def design_of(
     state:dict,  # name -> tensor of the published layout
     source="",  # the file, for messages
@@ -354,6 +382,8 @@ def design_of(
         points = state[a + "cross_attn.attention_weights.bias"].shape[0]
         d = Design(C, state[a + "linear1.bias"].shape[0], levels, heads,
             points//(heads*levels), enc, dec, state["position.weight"].shape[0])
+        if "backbone.0.body.0.0.weight" in state: d = replace(d, scale=16.,
+            backbone="small", short_side=192, long_side=320)
         classes = state["class_embed.0.bias"].shape[0]
     except (KeyError, ValueError) as e: raise InputError(
         f"no MOTRv2 weights: {e} is missing", source or None) from None
@@ -362,12 +392,13 @@ def design_of(
         fix="take a MOTRv2 checkpoint, not the detector it began with")
     return d
 
-# %% ../../nbs/models/motrv2.ipynb #2818fe9d
+# %% ../../nbs/models/motrv2.ipynb #256bdd34
 def load(
     state_or_path,  # a state, a .pth file, or a checkpoint folder of ours
 ) -> MOTRv2:
     "MOTRv2 with these weights, ready to track."
     from crowdlens.models.checkpoints import read_weights
+    from crowdlens.models.lean import lean
     source, design, got = "", None, state_or_path
     if not isinstance(got, dict):
         source = p = Path(got).expanduser()
@@ -378,10 +409,12 @@ def load(
                 fix="MOTRv2 needs one of kind tracker")
             design, p = Design(**info["design"]), p/"model.safetensors"
         got = read_weights(p)
+    if isinstance(got.get("design"), dict): design = Design(**got["design"])
     got = got.get("model", got)
     state = {k.removeprefix("module."): torch.as_tensor(v).float()
              for k, v in got.items() if hasattr(v, "shape")}
-    return _filled(MOTRv2(design or design_of(state, source)), state, source)
+    return lean(_filled(MOTRv2(design or design_of(state, source)), state,
+                        source))
 
 def _filled(model, state, source):
     "`model` with all of `state`, or what does not fit."

@@ -66,7 +66,7 @@ def clip_frames(
     "The frames of a clip."
     return [min(start + i*step, last) for i in range(length)]
 
-# %% ../../nbs/models/motrv2_clips.ipynb #7ed426c9
+# %% ../../nbs/models/motrv2_clips.ipynb #7383d5c0
 @dataclass(eq=False)
 class View:
     "One frame with its boxes, in pixels."
@@ -84,6 +84,7 @@ class View:
         return replace(self, image=image, boxes_xyxy=fn(self.boxes_xyxy),
                        proposals_xyxy=fn(self.proposals_xyxy))
 
+# %% ../../nbs/models/motrv2_clips.ipynb #1eac685f
 def mirror(v:View) -> View:
     "Left and right exchanged."
     w = v.size[0]
@@ -103,6 +104,7 @@ def crop(
     return replace(out, boxes_xyxy=out.boxes_xyxy[a], ids=out.ids[a],
         proposals_xyxy=out.proposals_xyxy[b], scores=out.scores[b])
 
+# %% ../../nbs/models/motrv2_clips.ipynb #e8173069
 def train_size(
     w:int,  # of the picture
     h:int,
@@ -166,7 +168,7 @@ def recolour(
     hsv = np.clip(hsv, 0, 255).astype(np.uint8)
     return replace(v, image=cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
 
-# %% ../../nbs/models/motrv2_clips.ipynb #f3af0cc1
+# %% ../../nbs/models/motrv2_clips.ipynb #5b75c445
 @dataclass(eq=False)
 class Sequence:
     "A video to learn from."
@@ -193,6 +195,7 @@ class Sequence:
         last = min(max(self.gt), len(self.images))
         return clip_starts(min(self.gt), last, length)
 
+# %% ../../nbs/models/motrv2_clips.ipynb #ffae269d
 def to_clip(
     views:list,  # of one size
 ) -> Clip:

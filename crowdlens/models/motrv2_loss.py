@@ -223,7 +223,7 @@ def _wrong(q, boxes, held, on, forget, rng):
     top, best = box_iou(a, b).max(1)
     return rest[best[top > 0]].unique()
 
-# %% ../../nbs/models/motrv2_loss.ipynb #b0b5f786
+# %% ../../nbs/models/motrv2_loss.ipynb #76c42d41
 @dataclass(eq=False)
 class ClipLoss:
     "What a clip costs."
@@ -237,6 +237,7 @@ class ClipLoss:
         "Published name -> weight in the total."
         return {k: WEIGHTS[k.rpartition("_")[2]] for k in self.values}
 
+# %% ../../nbs/models/motrv2_loss.ipynb #4df69a90
 def clip_loss(
     model:MOTRv2,
     clip:Clip,
@@ -272,13 +273,13 @@ def clip_loss(
         if keep: frames.append(_told(*told, me))
     return _summed(values, sum(map(len, clip.ids)), frames, dev)
 
+# %% ../../nbs/models/motrv2_loss.ipynb #c1388448
 def _look(model, clip, t, dev):
     "Tokens of frame `t`, kept or computed."
     if clip.seen is not None: return clip.seen[t]
     f = clip.frames[t]
     return model.see(to_pixels(np.asarray(f), f.shape[:2]).to(dev))
 
-# %% ../../nbs/models/motrv2_loss.ipynb #6025b3cb
 def _ask(model, q, seen, gt, noise, draw):
     "Answers to the real queries, and the denoised boxes."
     if not noise: return *model.ask(q, seen), None

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FROZEN', 'SLOW', 'choose', 'ClipSet', 'Tuner', 'held_bytes', 'moved', 'tune', 'save_published']
 
-# %% ../../nbs/models/motrv2_training.ipynb #128d56e1
-from dataclasses import dataclass
+# %% ../../nbs/models/motrv2_training.ipynb #60bc5167
+from dataclasses import asdict,dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -162,7 +162,7 @@ def moved(
     return dict(norm=n, largest=d.abs().max().item(), score=.1*n/w,
                 along_score=share)
 
-# %% ../../nbs/models/motrv2_training.ipynb #71bf35ee
+# %% ../../nbs/models/motrv2_training.ipynb #6a82fb71
 def tune(
     model:MOTRv2,
     clips,  # a ClipSet, or anything with len() and clip(epoch, i)
@@ -204,4 +204,4 @@ def save_published(
     "A checkpoint in the published layout, which the original reads."
     with atomic(path) as tmp: torch.save(dict(
         model={k: v.detach().cpu() for k, v in model.state_dict().items()},
-        epoch=epoch), tmp)
+        epoch=epoch, design=asdict(model.design)), tmp)
