@@ -218,7 +218,7 @@ def labels_of(
     return tuple(group_of(n, len(i), e) for n,e,i in got), [
         k for *_,i in got for k in i]
 
-# %% ../nbs/06_slowfast_finetune.ipynb #e552f335
+# %% ../nbs/06_slowfast_finetune.ipynb #6393c551
 def network(
     cfg:Config,
     groups,  # of Group
@@ -226,7 +226,9 @@ def network(
 ) -> ActionDetector:
     "The detector that a run begins with."
     w = cfg.weights
-    if w == "tiny": w = str(runs.assets()/"data"/"tiny"/"actions")
+    if w == "tiny":  # the one that ships; a fresh one where it is not
+        here = runs.assets()/"data"/"tiny"/"actions"
+        w = str(here) if here.is_dir() else ""
     if w and Path(w).is_dir():
         if cfg.grow_head: return grow(load_folder(w), groups, names)
         old = load_folder(w, no_head=cfg.no_head,
@@ -469,7 +471,7 @@ def in_model(model, cfg):
     "The network on its device."
     return model.to(device_of(cfg)).eval()
 
-# %% ../nbs/06_slowfast_finetune.ipynb #e6637f37
+# %% ../nbs/06_slowfast_finetune.ipynb #31129ee0
 def report(
     cfg:Config,
     r:runs.Run,
@@ -495,7 +497,8 @@ def report(
         src = part.films(movie)
         mid = src.around(second, rule_of(fresh(ActionConfig(TINY))))
         return src.fetch([mid[len(mid)//2]])[0]
-    sheet = r.figure("key_frames", action_report.strip(gt, det, picture, names))
+    sheet = r.figure("key_frames", action_report.strip(gt, det, picture, names,
+                                                       most=4))
     page.heading("Key frames").picture(sheet, "Green is right, red was said "
         "and is not true, amber was missed. The upper ones have most mistakes.")
     page.heading("All figures").table([[k, v] for k,v in figs.items()],
