@@ -273,6 +273,7 @@ def motion(
         rows[1].append(np.asarray(d.tracker_id if len(d) else [], int))
     return rows_of(*rows, (w, h))
 
+# %% ../nbs/train_tracker.ipynb #28456b7e
 def judge(
     model:MOTRv2,
     cfg:Config,
