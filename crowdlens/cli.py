@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Stage', 'Out', 'Weights', 'Name', 'stages', 'find_stage', 'module', 'title', 'execute', 'CellFailed', 'theirs',
-           'show', 'main', 'compare', 'curves']
+           'show', 'kind_of', 'main', 'compare', 'curves']
 
 # %% ../nbs/cli.ipynb #16ba1a7d
 import importlib,json,logging,os,re,sys
@@ -125,7 +125,7 @@ def show(
     for k in res.key: print(f"{k:>28}  {nice(res.metrics.get(k))}")
     print(f"{'report':>28}  {show_path(res.folder/'report.html')}")
 
-# %% ../nbs/cli.ipynb #fb9b3ba0
+# %% ../nbs/cli.ipynb #0dfba609
 Weights = Annotated[str, typer.Option("-w", "--weights",
     help="a checkpoint: folder, file or Hub id")]
 Name = Annotated[str, typer.Option(help="the run's name")]
@@ -143,8 +143,27 @@ def _predict(source:Annotated[str, typer.Argument(
     weights:Weights,
     param:Annotated[list[str], typer.Option("-p", "--param")] = [],
     name:Name = None, out:Out = None):
-    "What a detector sees: COCO results and pictures."
-    _detect("predict", source, weights, param, name, out)
+    "What a detector sees; whom a tracker follows, what people do."
+    kind = kind_of(weights)
+    if kind == "detector": return _detect("predict", source, weights, param,
+                                          name, out)
+    stage = find_stage("07"); m = module(stage)
+    vals = runs.settings(stage, m.Config, "", param, source=source, out=out,
+                         name=name or "predict", **{kind: weights})
+    show(m.run(m.Config(**vals)))
+
+def kind_of(
+    weights,  # a checkpoint: folder, file or Hub id
+) -> str:
+    "detector, tracker or actions."
+    p = Path(weights).expanduser()
+    if (p/"crowdlens.json").is_file(): return read_json(
+        p/"crowdlens.json").get("kind", "detector")
+    if not p.is_file() or p.suffix in (".ckpt", ".onnx"): return "detector"
+    from crowdlens.models.checkpoints import read_weights
+    got = read_weights(p); names = " ".join(got.get("model", got))
+    return ("tracker" if "yolox_embed" in names else
+            "actions" if "fast.conv1" in names else "detector")
 
 @app.command("evaluate")
 def _evaluate(data:Annotated[str, typer.Argument(
@@ -154,6 +173,19 @@ def _evaluate(data:Annotated[str, typer.Argument(
     name:Name = None, out:Out = None):
     "How good a detector is on labelled data."
     _detect("evaluate", data, weights, param, name, out)
+
+# %% ../nbs/cli.ipynb #485aa0ba
+@app.command("export")
+def _export(weights:Annotated[str, typer.Argument(
+        help="a detector's checkpoint: folder, file or Hub id")],
+    out:Annotated[str, typer.Option(help="folder, is made")] = "exported",
+    size:Annotated[int, typer.Option(help="side of a square canvas, pixels; "
+        "0: the checkpoint's own")] = 0,
+    half:Annotated[bool, typer.Option("--half", help="fp16 too")] = False):
+    "Write a checked ONNX file and what belongs to it."
+    from crowdlens.models.export import export
+    for k,v in export(weights, out, size or None, half=half).items():
+        print(f"{k:>28}  {v}")
 
 # %% ../nbs/cli.ipynb #65e29afc
 @app.command("stages")
