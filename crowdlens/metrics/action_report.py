@@ -108,7 +108,7 @@ def _text(im, text, at, s, colour):
     cv2.putText(im, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, s, colour, 1,
                 cv2.LINE_AA)
 
-# %% ../../nbs/metrics/action_report.ipynb #e62f1f47
+# %% ../../nbs/metrics/action_report.ipynb #e1f5aba7
 def strip(
     gt:AvaRows,
     det:AvaRows,
@@ -127,4 +127,4 @@ def strip(
     keys = [*keys[:(most + 1)//2], *keys[::-1][:most//2]][:most]
     return contact_sheet([draw_actions(picture(*k), by[k], names)
         for k in dict.fromkeys(keys)], [f"{m} {s}" for m,s in
-        dict.fromkeys(keys)], cols, (480, 300))
+        dict.fromkeys(keys)], cols, (400, 250))
