@@ -181,7 +181,7 @@ def clips(self:Learner) -> list:
         self.model.train()
     return self.kept[1]
 
-# %% ../nbs/train_tracker.ipynb #0a833c63
+# %% ../nbs/train_tracker.ipynb #d1b17a46
 @patch
 def learn(self:Learner) -> dict:
     "One clip; its figures."
@@ -250,7 +250,7 @@ def follow(
         rows[1].append(t.ids[t.written])
     return rows_of(*rows, (w, h))
 
-# %% ../nbs/train_tracker.ipynb #28456bd2
+# %% ../nbs/train_tracker.ipynb #0c5d6259
 def motion(
     f:Film,
     fps:float,  # frames a second
@@ -273,7 +273,7 @@ def motion(
         rows[1].append(np.asarray(d.tracker_id if len(d) else [], int))
     return rows_of(*rows, (w, h))
 
-# %% ../nbs/train_tracker.ipynb #28456b7e
+# %% ../nbs/train_tracker.ipynb #7498a47a
 def judge(
     model:MOTRv2,
     cfg:Config,
@@ -343,14 +343,14 @@ def _learn(r, cfg, me):
                info(cfg, me.model), me.state(), keep=4)
         rows = []
 
-# %% ../nbs/train_tracker.ipynb #6f0fac98
+# %% ../nbs/train_tracker.ipynb #516f3383
 KEYS = "HOTA", "DetA", "AssA", "IDF1", "MOTA", "IDSW"
 
 def _finish(r, cfg, fig, f, got):
     "Report, a picture, figures."
     h, w = f.frames.shape[1:3]
     pics = []
-    for t in np.linspace(1, len(f), 6).astype(int):
+    for t in np.linspace(1, len(f), 4).astype(int):
         now = got.at(int(t))
         pics.append(draw_boxes(f.frames[t-1], now.boxes_xyxy, now.id % 100,
                                [str(i) for i in range(100)]))
@@ -358,7 +358,7 @@ def _finish(r, cfg, fig, f, got):
     n = sum(cfg.whole_clips + cfg.late_clips)
     page = Report("A small tracker for the court", f"{n:,} clips, judged on "
         f"{cfg.test_films} held-out films of {cfg.test_frames} frames")
-    page.cards({k: fig[k] for k in KEYS}).picture(pic, "Six moments of a film "
+    page.cards({k: fig[k] for k in KEYS}).picture(pic, "Four moments of a film "
         "that training never saw; a number stays with a person.")
     page.heading("Beside ByteTrack on the same detections").table([{
         "figure": k, "MOTRv2": fig[k], "ByteTrack": fig.get(f"bytetrack/{k}"),
