@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['detect', 'lines_of_results', 'persons', 'proposals', 'byte_tracks', 'motr_tracks', 'save_tracks', 'Second',
-           'seconds_of', 'clip_rule', 'name_actions', 'action_rows']
+           'seconds_of', 'name_actions', 'action_rows']
 
-# %% ../../nbs/models/film_steps.ipynb #c2ba2244
-import itertools,json,warnings
+# %% ../../nbs/models/film_steps.ipynb #b4bd1fe3
+import json
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..core.ava import ava_rows
-from crowdlens.core.clips import (ClipRule,from_dict,normalise,open_frames,pack,
-    read_clip)
+from ..core.clips import normalise,open_frames,pack,read_clip
 from ..core.coco import LabelMap
 from ..core.files import InputError,atomic,read_json
-from ..core.frames import film_info,read_frames
+from ..core.frames import read_frames
 from ..core.mot import MotRows,mot_rows,read_mot
+from .action_running import rule_of
 from crowdlens.models.film_detect import (film_detections,of_line,to_line,
     whole_lines)
 
@@ -143,7 +143,7 @@ def save_tracks(
                 n += 1
     return n
 
-# %% ../../nbs/models/film_steps.ipynb #e90399e6
+# %% ../../nbs/models/film_steps.ipynb #1dd7e36c
 @dataclass
 class Second:
     "What the persons of one second do."
@@ -162,19 +162,7 @@ def seconds_of(
     whole = np.arange(int(np.ceil(t[0])), int(np.floor(t[-1])) + 1)
     return [(int(s), int(np.abs(t - s).argmin()) + 1) for s in whole]
 
-def clip_rule(
-    model,  # an ActionDetector from a folder of ours, or from elsewhere
-) -> ClipRule:
-    "How its clips are cut."
-    info, p = getattr(model, "info", {}), model.config.pathways
-    if info.get("clip"): return from_dict(info["clip"])
-    own = dict(frames=p.frames, tau=p.tau, alpha=p.alpha)
-    if "geometry" in info: own |= dict(mean=tuple(info["mean"]),
-        std=tuple(info["std"]), fps=info["fps"],
-        short=info["geometry"]["height"], long=info["geometry"]["width"])
-    return ClipRule(**own)
-
-# %% ../../nbs/models/film_steps.ipynb #4b033743
+# %% ../../nbs/models/film_steps.ipynb #372aec0a
 def name_actions(
     model,  # an ActionDetector
     source,  # a film, or a folder of frames
@@ -184,7 +172,7 @@ def name_actions(
 ):  # yields a `Second`
     "What the persons of each second do."
     import torch
-    rule, film = clip_rule(model), open_frames(source, ahead=True)
+    rule, film = rule_of(model), open_frames(source, ahead=True)
     for s,f in progress(seconds_of(times)):
         who = rows.at(f)
         if not len(who): continue
