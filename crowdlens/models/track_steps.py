@@ -98,7 +98,7 @@ def truth_of(
         fix="a simulated detector needs one: give a detector checkpoint or "
             "a det_db")
 
-# %% ../../nbs/models/track_steps.ipynb #8f64fcce
+# %% ../../nbs/models/track_steps.ipynb #8adab43a
 @dataclass(eq=False)
 class Variant:
     "A way to feed the tracker."
@@ -108,9 +108,9 @@ class Variant:
 class Eyes:
     "The image side, which remembers the frame that it saw last."
     def __init__(self, see): self.see, self.x = see, None
-    def __call__(self, x):
+    def __call__(self, x, *more):
         if self.x is None or x.shape != self.x.shape or not torch.equal(
-                x, self.x): self.x, self.out = x, self.see(x)
+                x, self.x): self.x, self.out = x, self.see(x, *more)
         return self.out
 
 def proposals(
