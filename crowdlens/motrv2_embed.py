@@ -698,7 +698,7 @@ def network(cfg:Config, r) -> MOTRv2:
         torch.manual_seed(cfg.seed); model = MOTRv2(SMALL).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/05_motrv2_embed.ipynb #77a06bed
+# %% ../nbs/05_motrv2_embed.ipynb #079d3e7d
 def _finish(cfg, r, model, train, test, dbs, maps, vectors, tracks):
     "Judge, report, figures."
     counts = judge(test, tracks) if cfg.mode != "predict" else None
@@ -713,6 +713,8 @@ def _finish(cfg, r, model, train, test, dbs, maps, vectors, tracks):
     pic = r.folder/"figures"/f"timeline_{best_way(tracks)}.png"
     products = dict(tracks=r.folder/"tracks"/best_way(tracks), **films)
     if vectors: products["checkpoint"] = r.folder/"checkpoints"/"last"
-    return r.finish(figs, page, key, pic, products)
+    return r.finish(figs, page, key, pic, products, "" if cfg.checkpoint or
+        shipped().exists() else "A network with random weights: all parts "
+        "work together, and its figures mean nothing.")
 
 runs.main(globals())

@@ -389,7 +389,7 @@ def save_actions(
             f.write(f"{m},{s:04d}," + ",".join(f"{v:.5f}" for v in b)
                     + f",{a},{c:.5f},{p}\n")
 
-# %% ../nbs/07_who_does_what.ipynb #a0c21d6c
+# %% ../nbs/07_who_does_what.ipynb #a08f2f0a
 def _finish(cfg, r, rows, times, acts, labels, said, names):
     "Timeline, report, figures."
     world = cfg.source == "world"
@@ -415,8 +415,14 @@ def _finish(cfg, r, rows, times, acts, labels, said, names):
         actions="actions.csv", table="who_does_what.parquet",
         film="annotated.mp4")
     return r.finish(fig, page, key, line, {k: r.folder/v for k,v in
-        made.items() if (r.folder/v).is_file()}, "The networks are small and "
-        "know the built-in world alone." if world else "")
+        made.items() if (r.folder/v).is_file()}, _note(cfg))
+
+def _note(cfg):
+    "What the figures of the built-in world mean."
+    if cfg.source != "world": return ""
+    return "The networks are small and know the built-in world alone." + (
+        " No tracker ships with this version: the true tracks stand in."
+        if true_tracks(cfg) else "")
 
 # %% ../nbs/07_who_does_what.ipynb #bb0e9ffd
 runs.main(globals())
