@@ -21,7 +21,8 @@ from crowdlens.models import dfine_loop as loop
 from crowdlens.models import dfine_training as dt
 from crowdlens.models.small_detector import MEAN, STD, small_detector
 
-fork = multiprocessing.get_context("fork")
+clean = multiprocessing.get_context("forkserver")
+clean.set_forkserver_preload(["crowdlens.dfine_fisheye"])
 
 
 def coco(top, n=6, names=("Bus", "Car"), size=(96, 96), seed=0):
@@ -48,19 +49,23 @@ def config(path, **kw):
         lr=1e-3, backbone_lr=1e-3, warmup_steps=2, scales=1, workers=0, ema_ramp=20, clip=1.), **kw))
 
 
+def _go(cfg, env):
+    "What a child does; one thread, for bits depend on their number."
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    for s in (AcceleratorState, PartialState, GradientState):
+        s._reset_state()
+    try:
+        stage.run(cfg)
+    except BaseException as e:
+        print(repr(e), flush=True)
+        os._exit(3)
+    os._exit(0)
+
+
 def child(cfg, env=None):
-    "A process that runs the stage and leaves at once."
-    def go():
-        os.environ.update(env or {})
-        for s in (AcceleratorState, PartialState, GradientState):
-            s._reset_state()
-        try:
-            stage.run(cfg)
-        except BaseException as e:
-            print(repr(e), flush=True)
-            os._exit(3)
-        os._exit(0)
-    p = fork.Process(target=go)
+    "A process that runs the stage and leaves at once; forked where no thread can hold a lock."
+    p = clean.Process(target=_go, args=(cfg, dict(env or {})))
     p.start()
     return p
 
