@@ -18,7 +18,8 @@ SMALL = dict(data="world", arch="tiny", short=96, world_movies=2, world_seconds=
              scale=False, ia="dense", warmup=0, lr=1e-2, save_every=1, skip_val=True)
 
 KILLED = """
-import json, os, signal, sys
+import json, os, signal, sys, torch
+torch.set_num_threads(1)
 from crowdlens import slowfast_finetune as stage
 from crowdlens.models.action_training import Trainer
 step = Trainer.step
