@@ -29,7 +29,7 @@ from .models import checkpoints
 from .models.detector import Detector,save_hugging_face
 from .models.small_detector import *
 
-# %% ../nbs/train_world.ipynb #2759a5c8
+# %% ../nbs/train_world.ipynb #c0a64b6e
 STAGE = "train_world"
 
 @dataclass(kw_only=True)
@@ -43,6 +43,7 @@ class Config(config.Config):
     warmup:int = 100  # steps until it is reached
     min_visible:float = .25  # share of an object that must be seen, 0..1
     people:list[int] = field(default_factory=lambda: [3, 20])  # from, to
+    mix:dict = field(default_factory=dict)  # class -> share; empty: as drawn
     height:int = 256  # of the network's canvas, pixels
     width:int = 416  # of the network's canvas, pixels
     queries:int = 100  # boxes an image
@@ -54,19 +55,22 @@ class Config(config.Config):
     def check(self):
         if self.start and not Path(self.start).is_dir(): raise InputError(
             "start: no such checkpoint", self.start)
+        if self.mix and self.scene != "street": raise InputError(
+            "mix: only the street has classes to mix", fix="leave it out")
         if self.steps % self.chunk: raise InputError(
             f"steps={self.steps}: should be a multiple of chunk={self.chunk}")
 
-# %% ../nbs/train_world.ipynb #b455f9d7
+# %% ../nbs/train_world.ipynb #711d380f
 def look(
     cfg:Config,
     seed:int,  # of the world
     n:int,  # moments, two thirds of a second apart
+    **scene,  # options of the scene
 ) -> list:  # of (image, boxes_xyxy, labels, visible share of each)
     "Some moments of one world, with the boxes to learn."
     rng = np.random.default_rng([cfg.seed, seed])
     people = int(rng.integers(cfg.people[0], cfg.people[1]+1))
-    w = World(cfg.scene, seed, people, (640, 384), fps=6)
+    w = World(cfg.scene, seed, people, (640, 384), fps=6, **scene)
     return [(im, *label_rows(t, cfg.scene, cfg.min_visible))
             for im,t in w.frames(4*n - 3, every=4)]
 
@@ -77,8 +81,9 @@ class Chunks(torch.utils.data.Dataset):
     def __getitem__(self, c):
         cfg = self.cfg
         order = np.random.default_rng([cfg.seed, 1]).permutation(10_000)
-        worlds = [look(cfg, int(order[(c*cfg.batch + j) % 10_000]), cfg.chunk)
-                  for j in range(cfg.batch)]
+        mix = dict(mix=cfg.mix) if cfg.mix else {}
+        worlds = [look(cfg, int(order[(c*cfg.batch + j) % 10_000]), cfg.chunk,
+                       **mix) for j in range(cfg.batch)]
         return [[w[k] for w in worlds] for k in range(cfg.chunk)]
 
 # %% ../nbs/train_world.ipynb #c859c8db

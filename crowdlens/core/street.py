@@ -393,7 +393,7 @@ def draw_signals(
                      BACKGROUND, box)
         glow(cv, p[0], p[1], p[2], .2, c[0], c[1], c[2], .25 + .3*L[12])
 
-# %% ../../nbs/core/street.ipynb #3b851ded
+# %% ../../nbs/core/street.ipynb #5b220cdf
 class Street:
     "A street crossing under a fisheye camera."
     classes, actions = CLASSES, ["stand", "walk"]
@@ -404,6 +404,7 @@ class Street:
         size=(640, 384), # (width, height), pixels
         fps:float=25, # frames a second
         camera=None, # a camera of `core.lens`; drawn from the site if None
+        mix:dict|None=None, # class name -> its share of the users
     ):
         site, self.seed, self.fps, self.size = seed//4, seed, fps, tuple(size)
         self.camera_name = f"camera{site + 1}"
@@ -414,7 +415,8 @@ class Street:
         self.light = draw_light(self.time_of_day, rng)
         self.gain = rng.uniform(.92, 1.1)
         self.things = furnish(self.plan, site, self.camera.position)
-        self.traffic = Traffic(seed, math.ceil(1.25*people), self.plan)
+        self.traffic = Traffic(seed, math.ceil(1.25*people), self.plan,
+                               mix=mix)
         self.still = paint_standing(self.camera, self.plan, self.light,
                                     self.things, site)
         self.canvas = canvas(self.camera)

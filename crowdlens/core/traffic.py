@@ -7,15 +7,16 @@ __all__ = ['CLASSES', 'BUS', 'BIKE', 'CAR', 'PED', 'TRUCK', 'LANE', 'M', 'CYCLE'
            'GEN', 'WAIT', 'GAIT', 'ON', 'SIDE', 'Plan', 'draw_plan', 'Paths', 'lane_path', 'walk_paths', 'draw_paths',
            'is_green', 'draw_agent', 'pose_of', 'gap_ahead', 'step', 'draw_kinds', 'Traffic']
 
-# %% ../../nbs/core/traffic.ipynb #a84dfb6c
+# %% ../../nbs/core/traffic.ipynb #ab144850
 import math
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 from .compiled import njit
+from .files import InputError
 from .raster import hash01
 
-# %% ../../nbs/core/traffic.ipynb #b6d86577
+# %% ../../nbs/core/traffic.ipynb #53202139
 CLASSES = ["Bus", "Bike", "Car", "Pedestrian", "Truck"]
 
 BUS, BIKE, CAR, PED, TRUCK = range(5)
@@ -50,7 +51,7 @@ class Plan:
         c, s = [(1, 0), (0, 1), (-1, 0), (0, -1)][arm]
         return np.array([c*out - s*left, s*out + c*left])
 
-# %% ../../nbs/core/traffic.ipynb #b63e3a45
+# %% ../../nbs/core/traffic.ipynb #127e22e9
 def draw_plan(
     seed:int, # a site's number
 ) -> Plan:
@@ -103,7 +104,7 @@ def lane_path(
     s1 = plan.reach - pa
     return xyh, ln, s1 - 5.9, (s1 - 4, ln - (plan.reach - pb) + 1)
 
-# %% ../../nbs/core/traffic.ipynb #5cde4941
+# %% ../../nbs/core/traffic.ipynb #2db36ad9
 def walk_paths(
     plan:Plan,
 ) -> list: # (points, point to wait at or None, arm crossed)
@@ -131,7 +132,7 @@ def walk_paths(
                     plan.at(n, far, -side*(plan.half(n) + 2.2))], None, a))
     return out
 
-# %% ../../nbs/core/traffic.ipynb #08ccc0dc
+# %% ../../nbs/core/traffic.ipynb #58239194
 def draw_paths(
     plan:Plan,
 ) -> Paths:
@@ -209,7 +210,7 @@ def draw_agent(
         if w < .1: A[i, V0] = 0.  # stands about
     A[i, V] = A[i, V0]
 
-# %% ../../nbs/core/traffic.ipynb #9a9b028d
+# %% ../../nbs/core/traffic.ipynb #1d66d561
 @njit(cache=True)
 def pose_of(
     A, i, xyh, length, # agents, row, paths
@@ -225,7 +226,7 @@ def pose_of(
     y = xyh[p, k, 1] + f*(xyh[p, k+1, 1] - xyh[p, k, 1])
     return x - math.sin(h)*A[i, SIDE], y + math.cos(h)*A[i, SIDE], h
 
-# %% ../../nbs/core/traffic.ipynb #4aee30f1
+# %% ../../nbs/core/traffic.ipynb #c213dac0
 @njit(cache=True)
 def gap_ahead(
     A, X, i, xyh, length, # agents, their (N, 3) poses, row, paths
@@ -262,7 +263,7 @@ def gap_ahead(
                 s += 1.
     return best, speed
 
-# %% ../../nbs/core/traffic.ipynb #99a69024
+# %% ../../nbs/core/traffic.ipynb #479874f8
 @njit(cache=True)
 def _accelerate(A, i, gap, lead, v0):
     "Acceleration by the Intelligent Driver Model, m/s^2."
@@ -274,7 +275,7 @@ def _accelerate(A, i, gap, lead, v0):
         a -= top*(want/max(gap, .1))**2
     return max(-8., min(top, a))
 
-# %% ../../nbs/core/traffic.ipynb #87ae8d4b
+# %% ../../nbs/core/traffic.ipynb #88b6671e
 @njit(cache=True)
 def step(
     A, X, # (N, 12) agents, (N, 3) their poses: both are updated
@@ -320,7 +321,7 @@ def step(
             continue
         X[i, 0], X[i, 1], X[i, 2] = pose_of(A, i, xyh, length, A[i, S])
 
-# %% ../../nbs/core/traffic.ipynb #c2dbf72d
+# %% ../../nbs/core/traffic.ipynb #10074aff
 @njit(cache=True)
 def _enter(A, X, i, xyh, length):
     "Let a new agent in where its path begins, if there is room."
@@ -333,12 +334,19 @@ def _enter(A, X, i, xyh, length):
     A[i, ON] = 1.
     X[i, 0], X[i, 1], X[i, 2] = x, y, h
 
-# %% ../../nbs/core/traffic.ipynb #94a83dc1
+# %% ../../nbs/core/traffic.ipynb #41bb048a
 def draw_kinds(
     n:int, # agents
     rng, # numpy Generator
+    mix:dict|None=None, # class name -> its share; None: as streets are
 ) -> np.ndarray: # (n,) int labels
     "Classes of a street's users: some three quarters cars and bikes."
+    if mix:
+        p = np.array([mix.get(c, 0.) for c in CLASSES])
+        if set(mix) - set(CLASSES) or not p.sum() > 0 or (p < 0).any():
+            raise InputError(f"mix = {mix}: should give shares of some of "
+                             f"{', '.join(CLASSES)}")
+        return rng.choice(len(p), n, p=p/p.sum())
     kinds = rng.choice([BIKE, CAR, PED], n, p=[.36, .4, .24])
     rare = [BUS]*max(n > 3, round(.045*n)) + [TRUCK]*max(n > 3, round(.065*n))
     keep = rng.random(len(rare)) < .9
@@ -346,7 +354,7 @@ def draw_kinds(
     kinds[:len(rare)] = rare
     return kinds
 
-# %% ../../nbs/core/traffic.ipynb #2e9c3dd8
+# %% ../../nbs/core/traffic.ipynb #e2e205c6
 class Traffic:
     "Who goes where at a crossing; `forward` moves time on."
     def __init__(self,
@@ -354,6 +362,7 @@ class Traffic:
         people:int=12, # road users
         plan:Plan|None=None, # streets; drawn from the seed if missing
         dt:float=.04, # seconds a step
+        mix:dict|None=None, # class name -> its share of the users
     ):
         self.plan, self.seed, self.dt = plan or draw_plan(seed), seed, dt
         self.paths = p = draw_paths(self.plan)
@@ -361,7 +370,7 @@ class Traffic:
         self.ends = np.array([[q[0], q[-1] + 1] for q in e])
         rng = np.random.default_rng([seed, 2])
         self.A, self.X = np.zeros((people, 12)), np.zeros((people, 3))
-        self.A[:, KIND] = draw_kinds(people, rng)
+        self.A[:, KIND] = draw_kinds(people, rng, mix)
         before = .05*int(rng.uniform(12, 30)/.05)
         h = rng.uniform(0, 7) if rng.random() < .75 else rng.uniform(0, 21)
         self.t = h + 21*rng.integers(4) - before + 2*CYCLE
@@ -389,7 +398,7 @@ class Traffic:
         n = max(1, math.ceil(seconds/self.dt - 1e-9))
         for _ in range(n): self._step(seconds/n)
 
-# %% ../../nbs/core/traffic.ipynb #a7sprd02
+# %% ../../nbs/core/traffic.ipynb #22b3dfdb
 @patch
 def _spread(self:Traffic, rng):
     "Begin with everybody somewhere on their path, apart."
