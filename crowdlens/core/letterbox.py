@@ -126,7 +126,15 @@ def filled_share(
     p = place(box, h, w)
     return p.valid[0]*p.valid[1]/(p.canvas[0]*p.canvas[1])
 
-# %% ../../nbs/core/letterbox.ipynb #941ebe22
+# %% ../../nbs/core/letterbox.ipynb #dc75ae77
+def _published(image, h, w):
+    "The picture as the processors of D-FINE and RT-DETR shrink it."
+    import torch
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    x = torch.nn.functional.interpolate(x, size=(h, w), mode="bilinear",
+                                        antialias=True)
+    return x[0].permute(1, 2, 0).numpy()
+
 def letterbox(
     image:np.ndarray,  # (H,W,3) uint8 RGB, upright
     box:Letterbox,
@@ -141,10 +149,11 @@ def letterbox(
     if out is None: out = np.empty((H, W, 3), np.uint8)
     how = cv2.INTER_AREA if h*w < p.image[0]*p.image[1] else cv2.INTER_LINEAR
     part = out[:h, :w]
-    got = part if p.image == p.valid else cv2.resize(image, (w, h), dst=part,
-                                                     interpolation=how)
-    if got is part and p.image == p.valid: part[:] = image
-    elif not np.shares_memory(got, out): part[:] = got
+    if p.image == p.valid: part[:] = image
+    elif box.fit == "stretch": part[:] = _published(image, h, w)
+    else:
+        got = cv2.resize(image, (w, h), dst=part, interpolation=how)
+        if not np.shares_memory(got, out): part[:] = got
     out[h:] = 0; out[:h, w:] = 0
     return out, p
 
