@@ -316,7 +316,27 @@ def _closed(fig):
     import matplotlib.pyplot as plt
     plt.close(fig)
 
-# %% ../../nbs/core/runs.ipynb #d21b26fe
+# %% ../../nbs/core/runs.ipynb #c60b56ca
+@patch
+def _share(self:Run,
+    folder,  # whose files go
+    to:str="",  # their place below the run's
+    only=None,  # patterns of file names
+):
+    "Put files on the Hub, where $CROWDLENS_PUSH_TO names a repository."
+    repo = os.environ.get("CROWDLENS_PUSH_TO")
+    if not repo: return
+    from huggingface_hub import HfApi
+    at = "/".join(filter(None, (self.stage, self.cfg.name, to)))
+    try:
+        HfApi().create_repo(repo, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, path_in_repo=at,
+                              allow_patterns=only, commit_message=at)
+    except Exception as e:  # the Hub's, its client's: costs no training
+        self.log(f"not on the Hub: {type(e).__name__}: {str(e)[:160]}")
+    else: self.log(f"on the Hub: {repo}, {at}")
+
+# %% ../../nbs/core/runs.ipynb #423fcf50
 @patch
 def finish(self:Run,
     metrics:dict,  # flat key -> figure
@@ -336,6 +356,7 @@ def finish(self:Run,
         self.log(f"finished in {extra['seconds']:.1f} s")
         write_json(self.folder/"result.json", extra)
         write_json(self.folder/"metrics.json", metrics)
+        self._share(self.folder, only=["*.json*", "*.txt", "*.html"])
     return Result(self.folder, plain(metrics), **extra)
 
 @patch
@@ -350,7 +371,7 @@ def _settings(self:Run, report:Report) -> Report:
     return report.heading("How it was made").fold(
         "settings, versions, device", table_html(rows, ["name", "value"]))
 
-# %% ../../nbs/core/runs.ipynb #50ea9d7c
+# %% ../../nbs/core/runs.ipynb #11b03afa
 @patch
 def save(self:Run,
     name:str,  # as "epoch-0003" or "iter-0010000"
@@ -381,6 +402,7 @@ def save(self:Run,
     if best is not None and best >= _score(top/"best"):
         _point(top/"best", name)
     self._prune(keep)
+    self._share(top/name, f"checkpoints/{name}")
     return top/name
 
 # %% ../../nbs/core/runs.ipynb #e1077c67
@@ -408,7 +430,7 @@ def _prune(self:Run, keep:int):
     for p in [p for p in done if p.resolve() not in held][:-keep or None]:
         shutil.rmtree(p)
 
-# %% ../../nbs/core/runs.ipynb #1b566141
+# %% ../../nbs/core/runs.ipynb #d2f61772
 def seed_all(
     seed:int,  # a run's seed
 ):
@@ -444,10 +466,14 @@ def resume(self:Run) -> tuple|None:
     from safetensors.torch import load_file
     last = self.folder/"checkpoints"/"last"
     if not (last/"state.pt").exists(): return None
-    state = torch.load(last/"state.pt", map_location="cpu", weights_only=True)
-    set_rng_state(state["rng"])
+    try: got = load_file(last/"model.safetensors"), torch.load(
+        last/"state.pt", map_location="cpu", weights_only=True)
+    except Exception as e: raise InputError("this checkpoint cannot be read: "
+        f"{type(e).__name__}", last.resolve(), fix="put a whole copy in its "
+        "place, or start anew with --again") from None
+    set_rng_state(got[1]["rng"])
     self.log(f"resumes after {last.resolve().name}")
-    return load_file(last/"model.safetensors"), state
+    return got
 
 # %% ../../nbs/core/runs.ipynb #f1e4e31e
 def settings(
