@@ -430,7 +430,7 @@ def _prune(self:Run, keep:int):
     for p in [p for p in done if p.resolve() not in held][:-keep or None]:
         shutil.rmtree(p)
 
-# %% ../../nbs/core/runs.ipynb #d2f61772
+# %% ../../nbs/core/runs.ipynb #0a37c8ed
 def seed_all(
     seed:int,  # a run's seed
 ):
@@ -459,6 +459,7 @@ def set_rng_state(
     if "cuda" in s and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(s["cuda"])
 
+# %% ../../nbs/core/runs.ipynb #9a477b15
 @patch
 def resume(self:Run) -> tuple|None:
     "Weights and state of the last whole checkpoint, or None at the start."
