@@ -27,7 +27,7 @@ def attempt(
     except Exception as e:
         return None, str(e) or type(e).__name__, time.time()-t0
 
-# %% ../nbs/demo.ipynb #1c14c6cf
+# %% ../nbs/demo.ipynb #f446272e
 def index(rows:list,  # of (stage, result or None, error, seconds)
           path):  # the page
     "Write the page that links every report."
@@ -37,6 +37,7 @@ def index(rows:list,  # of (stage, result or None, error, seconds)
     page.say(f"{ok} of {len(rows)} stages finished, in "
              f"{sum(s for *_,s in rows):.0f} s.", "ok" if ok == len(rows)
              else "bad")
+    _lead(page, rows)
     for stage,res,err,secs in rows:
         head, promise = cli.title(cli.stages()[stage])
         page.heading(f"{stage[:2]} · {head}").say(promise, "dim")
@@ -44,12 +45,20 @@ def index(rows:list,  # of (stage, result or None, error, seconds)
         else: _block(page, res, Path(path).parent)
     page.write(path)
 
+def _lead(page, rows):
+    "Film and picture of the last stage that made a film."
+    for res in [r for _,r,_,_ in rows[::-1] if r and "film" in r.products][:1]:
+        for p,what in ((res.products["film"], "Who does what, frame by frame."),
+                       (res.picture, "Who did what when.")):
+            if (res.folder/p).is_file(): page.picture(res.folder/p, what)
+
 def _block(page, res, folder):
     "Key figures, picture and link of one stage."
     page.cards({k.replace("_", " "): res.metrics.get(k) for k in res.key[:6]})
     if res.note: page.say(res.note)
     pic = res.folder/res.picture
-    if res.picture and pic.is_file(): page.picture(pic)
+    if res.picture and pic.is_file() and "film" not in res.products:
+        page.picture(pic)
     page.link(os.path.relpath(res.folder/"report.html", folder),
               f"report, {res.seconds:.0f} s")
 
