@@ -6,13 +6,14 @@
 __all__ = ['HSV_REACH', 'FILMS', 'ClipRule', 'to_dict', 'from_dict', 'pick_frames', 'fit_size', 'resize', 'shift_hsv', 'Film',
            'nearest', 'Pictures', 'Seconds', 'open_frames', 'Draw', 'draw', 'read_clip', 'normalise', 'pack']
 
-# %% ../../nbs/core/clips.ipynb #0c5f708b
+# %% ../../nbs/core/clips.ipynb #8e6f6089
 import math,re
 from collections import OrderedDict
 from dataclasses import asdict,dataclass,field
 from pathlib import Path
 import av,cv2
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from fastcore.basics import patch
 from .files import InputError
 from .frames import _open_film,list_pictures,upright
@@ -108,7 +109,7 @@ def shift_hsv(
     hsv = cv2.LUT(hsv, table.clip(0, 255).astype(np.uint8)[None])
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB).reshape(frames.shape)
 
-# %% ../../nbs/core/clips.ipynb #d6ffc40b
+# %% ../../nbs/core/clips.ipynb #55da6c91
 class Film:
     "One film; frames are decoded when asked for, near ones but once."
     def __init__(self,
@@ -117,10 +118,13 @@ class Film:
         threads:int=1,  # of the decoder
         hold:int=256,  # megabytes of decoded frames kept for the next clip
         ahead:bool=True,  # clips are asked for one after another
+        missing:str="error",  # a second outside: "error", or "repeat" the edge
     ):
         self.path, self.begin, self.threads = Path(path), begin, threads
+        self.missing = missing
         self.hold, self.ahead = hold*1_000_000, ahead
         self.notes, self._c, self._held = [], None, OrderedDict()
+        self._to_rgb = VideoReformatter()
         self._index()
 
     def __len__(self): return len(self.times)
@@ -197,7 +201,12 @@ def fetch(self:Film,
     self._tidy(max(want))
     return [out[int(k)] for k in at]
 
-# %% ../../nbs/core/clips.ipynb #22993a3c
+# %% ../../nbs/core/clips.ipynb #40bb35eb
+@patch
+def _rgb(self:Film, f) -> np.ndarray:
+    "A decoded frame as (H,W,3) uint8; one converter serves all frames."
+    return self._to_rgb.reformat(f, format="rgb24", threads=1).to_ndarray()
+
 @patch
 def _convert(self:Film, want, size):
     "Number -> RGB image of every frame wanted."
@@ -209,7 +218,7 @@ def _convert(self:Film, want, size):
         if near != k: self.notes.append(f"frame {k+1} repeats {near+1}")
         if near not in out:
             f = self._held[near]
-            im = upright(f.to_ndarray(format="rgb24"), f.rotation)
+            im = upright(self._rgb(f), f.rotation)
             wh = size(*im.shape[:2]) if callable(size) else size
             out[near] = resize(im, wh) if wh else im
         out[k] = out[near]
@@ -227,7 +236,7 @@ def _bytes(self:Film) -> int:
     f = next(iter(self._held.values()))
     return f.width*f.height*3//2
 
-# %% ../../nbs/core/clips.ipynb #e6fa49f2
+# %% ../../nbs/core/clips.ipynb #b3c19517
 def nearest(
     times,  # (F,) ascending, seconds
     wanted,  # (K,) seconds
@@ -238,12 +247,14 @@ def nearest(
     if len(t) == 1: return np.zeros(len(w), int)
     return np.where(t[i] - w < w - t[i-1] - 1e-6, i, i - 1)
 
-def _around(times, at, rule, path, begin):
+def _around(times, at, rule, path, begin, missing):
     "The frames around time `at`."
+    if missing == "repeat": at = min(max(at, times[0]), times[-1])
     if not times[0] - .5 <= at <= times[-1] + .5: raise InputError(
         f"second {at + begin:g} is not in it: it goes from "
         f"{times[0] + begin:.2f} to {times[-1] + begin:.2f}", path,
-        fix="set `begin` to the second at which the film begins")
+        fix="set `begin` to the second at which the film begins; "
+        "missing='repeat' takes the edge")
     key = times[nearest(times, [at])[0]]
     return nearest(times, key + (np.arange(rule.span) - rule.span//2)/rule.fps)
 
@@ -254,9 +265,9 @@ def around(self:Film,
 ) -> list:  # of frame numbers from 0
     "The neighbourhood of a second."
     return _around(self.times, second - self.begin, rule, self.path,
-                   self.begin).tolist()
+                   self.begin, self.missing).tolist()
 
-# %% ../../nbs/core/clips.ipynb #926fd675
+# %% ../../nbs/core/clips.ipynb #73f44257
 class Pictures:
     "A folder of frames."
     def __init__(self,
@@ -264,8 +275,10 @@ class Pictures:
         begin:float=0.,  # the second at which they begin
         fps:float=25,  # frames a second
         named:str="number",  # what a name ends in: "number" or "time"
+        missing:str="error",  # a second outside: "error", or "repeat" the edge
     ):
         self.path, self.begin, self.notes = Path(path), begin, []
+        self.missing = missing
         if named not in ("number", "time"): raise InputError(
             f"named={named!r}", fix="take 'number' or 'time'")
         self.files = list_pictures(path)
@@ -279,7 +292,7 @@ class Pictures:
     def around(self, second:float, rule:ClipRule) -> list:
         "The neighbourhood of a second."
         return _around(self.times, second - self.begin, rule, self.path,
-                       self.begin).tolist()
+                       self.begin, self.missing).tolist()
 
     def fetch(self, at, size=None) -> list:
         "Frames by their position; one that is broken repeats the one before."
@@ -383,7 +396,7 @@ def _frames(self:Seconds, t, rule) -> list:
     if .8*want <= n <= 1.2*want: return list(range(n))
     return [int(k*n/want) for k in range(want)]
 
-# %% ../../nbs/core/clips.ipynb #0b8fb205
+# %% ../../nbs/core/clips.ipynb #7abfe714
 def open_frames(
     path,  # a film, a folder of pictures, a folder of seconds
     begin:float=0.,  # the second at which a film or pictures begin
@@ -394,11 +407,12 @@ def open_frames(
 ):  # Film, Pictures or Seconds
     "The frames of one movie."
     p = Path(path)
-    if p.is_file(): return Film(p, begin, ahead=ahead)
+    if p.is_file(): return Film(p, begin, ahead=ahead, missing=missing)
     if not p.is_dir(): raise InputError("no such film or folder", p)
     inside = [q for q in p.iterdir() if q.name[0] != "."]
     films = any(q.is_dir() or q.suffix.lower() in FILMS for q in inside)
-    return Seconds(p, missing) if films else Pictures(p, begin, fps, named)
+    return Seconds(p, missing) if films else Pictures(p, begin, fps, named,
+                                                      missing)
 
 # %% ../../nbs/core/clips.ipynb #a8547f57
 @dataclass

@@ -14,6 +14,7 @@ from pathlib import Path
 import av,cv2,simplejpeg
 import numpy as np
 from fastcore.basics import patch
+from av.video.reformatter import VideoReformatter
 from .files import InputError,atomic,show_path
 from .images import MAX_PIXELS,is_image,read_image
 from .runs import bar
@@ -204,7 +205,7 @@ def read_frames(
 # %% ../../nbs/core/frames.ipynb #615c3cc7
 @patch
 def _film(self:Frames):
-    seen, t = {}, None
+    seen, t, rgb = {}, None, VideoReformatter()
     self.broken = 0
     with _open_film(self.source) as c:
         s = c.streams.video[0]
@@ -213,7 +214,8 @@ def _film(self:Frames):
                 0. if t is None else t + 1/(self.info.fps or 25))
             self.broken = seen.get("broken", 0)
             if (i-1) % self.stride == 0: yield i, t, self._fit(
-                upright(f.to_ndarray(format="rgb24"), f.rotation))
+                upright(rgb.reformat(f, format="rgb24", threads=1
+                        ).to_ndarray(), f.rotation))
     self.broken = seen.get("broken", 0)
 
 @patch
