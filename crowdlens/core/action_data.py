@@ -210,16 +210,16 @@ def _read_boxes(src, data, what):
         "a key frame's", path, fix="boxes and annotations are of two sets")
     return out
 
-# %% ../../nbs/core/action_data.ipynb #5d9d91ea
+# %% ../../nbs/core/action_data.ipynb #75de0fcc
 def add_boxes(
     data:ActionData,
     src,  # a box file, or its list
-    least:float=.8,  # score from which a person counts
+    least:float=.8,  # score from which a person counts, if not tracked
 ):
-    "Give each key frame the people that a detector found."
+    "Give each key frame the people that a detector or a tracker found."
     rows = _read_boxes(src, data, "person")
     for f in data.frames:
-        mine = [r for r in rows.get(f.id, ()) if r[1] >= least]
+        mine = [r for r in rows.get(f.id, ()) if r[1] >= least or r[2] >= 0]
         f.found_xyxy, keep = clip_boxes(from_xywh([r[0] for r in mine]), f.size)
         f.scores = np.array([mine[k][1] for k in keep], np.float32)
         f.found_ids = np.array([mine[k][2] for k in keep], int)

@@ -21,7 +21,7 @@ from .frames import write_film,write_picture
 from .mot import MotRows
 from .runs import bar
 
-# %% ../../nbs/core/action_sets.ipynb #82350936
+# %% ../../nbs/core/action_sets.ipynb #62b0b298
 @dataclass
 class SetFiles:
     "Where the parts of one split are; empty: there is none."
@@ -43,7 +43,8 @@ _WHERE = dict(
     labelmap=("annotations/*list*.pbtxt", "annotations/*.pbtxt"),
     persons=("boxes/{s}_person_bbox.json", "boxes/*{s}*person*.json",
              "annotations/boxes_{s}.json"),
-    objects=("boxes/{s}_object_bbox.json", "boxes/*{s}*object*.json"),
+    objects=("boxes/{s}_object_bbox.json", "boxes/*{s}*object*.json",
+             "annotations/objects_{s}.json"),
     csv=("annotations/{s}.csv", "annotations/ava_{s}_v2.2.csv",
          "annotations/ava_{s}.csv"),
     excluded=("annotations/*{s}_excluded*", "annotations/excluded_{s}.txt"),
@@ -238,7 +239,7 @@ def boxes_of_results(
         out[cats.get(r["category_id"]) != person.lower()].append(row)
     return out
 
-# %% ../../nbs/core/action_sets.ipynb #75258d9c
+# %% ../../nbs/core/action_sets.ipynb #1e2dfac1
 def boxes_of_tracks(
     tracks:MotRows,
     movie:str,
@@ -252,7 +253,8 @@ def boxes_of_tracks(
         if f.movie != movie: continue
         at = int(nearest(times, [f.second - begin])[0]) + 1
         rows = tracks.at(at)
-        out += [dict(image_id=f.id, bbox=b, score=s, track_id=i) for b,s,i in
+        out += [dict(image_id=f.id, bbox=b, score=s if s >= 0 else 1.,
+            track_id=i) for b,s,i in
             zip(rows.boxes_xywh.tolist(), rows.conf.tolist(),
                 rows.id.tolist())]
     return out

@@ -434,7 +434,8 @@ def _ava_world(part, split, seed, n, o):
     "Write one movie with its keyframes; its rows."
     if (done := _rows_of(part, o, seed)).is_file(): return read_json(done)
     w = _a_world(o, seed)
-    name, rows = f"{o['scene']}{seed:04d}", dict(actions=[], boxes=[])
+    name, rows = f"{o['scene']}{seed:04d}", dict(actions=[], boxes=[],
+                                                 objects=[])
     def images():
         for image,t in w.frames(o["seconds"]*o["fps"]):
             second, rest = divmod(t.index - 1, o["fps"])
@@ -461,10 +462,13 @@ def _ava_second(rows, second, t, o):
             t.visible[i] < o["min_visible"]): continue
         for a in np.flatnonzero(t.actions[i]): rows["actions"].append(
             [second, *boxes[i].round(5).tolist(), int(a) + 1, int(t.ids[i])])
-    for (x,y,x2,y2),s in zip(*(v.tolist() for v in simulate_detector(
-            t, o["detector"], seed=0))): rows["boxes"].append(
-        [second, round(x, 2), round(y, 2), round(x2 - x, 2), round(y2 - y, 2),
-         round(s, 4)])
+    def enter(kind, box, score):
+        x, y, x2, y2 = map(float, box); rows[kind].append([second, round(x, 2),
+            round(y, 2), round(x2 - x, 2), round(y2 - y, 2), round(score, 4)])
+    for box,s in zip(*(v.tolist() for v in simulate_detector(
+            t, o["detector"], seed=0))): enter("boxes", box, s)
+    if t.ball_visible >= o["min_visible"]: enter("objects", t.ball,
+                                                 float(t.ball_visible))
 
 # %% ../../nbs/core/worldfiles.ipynb #c871de2b
 def _a_world(o, seed):
@@ -484,6 +488,7 @@ def _ava_lists(folder, split, got, size):
                        ("excluded", [])):
         with atomic(folder/f"{name}_{split}.txt") as tmp:
             tmp.write_text("".join(f"{l}\n" for l in lines))
-    write_json(folder/f"boxes_{split}.json", [
-        dict(image_id=10_000*k + s, bbox=box, score=score, category_id=1)
-        for k,g in enumerate(got) for s,*box,score in g["boxes"]], indent=None)
+    for kind,c in (("boxes", 1), ("objects", 2)): write_json(
+        folder/f"{kind}_{split}.json", [dict(image_id=10_000*k + s, bbox=box,
+            score=score, category_id=c) for k,g in enumerate(got)
+            for s,*box,score in g[kind]], indent=None)

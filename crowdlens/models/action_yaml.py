@@ -150,7 +150,18 @@ FIXED = {_HEAD+"FEATURE_EXTRACTOR": "2MLPFeatureExtractor",
     **{f"{_FAST}{p}.{k}": k == "ACTIVE" for p in ("SLOW", "FAST")
        for k in ("ACTIVE", "CONV3_NONLOCAL", "CONV4_NONLOCAL")}}
 
-# %% ../../nbs/models/action_yaml.ipynb #e6b24901
+# %% ../../nbs/models/action_yaml.ipynb #b224628b
+_STILL = {"MODEL.BACKBONE.BN_MOMENTUM": .1, "MODEL.BACKBONE.BN_EPSILON": 1e-5,
+    "MODEL.BACKBONE.BN_INIT_GAMMA": 0., _HEAD+"POSE_LOSS_WEIGHT": 1.2,
+    "INPUT.PIXEL_MEAN": [122.7717, 115.9465, 102.9801],
+    "INPUT.PIXEL_STD": [57.375]*3, "INPUT.HUE_JITTER": 20.,
+    "INPUT.SAT_JITTER": .1, "INPUT.VAL_JITTER": .1,
+    "DATALOADER.SIZE_DIVISIBILITY": 16, "SOLVER.WEIGHT_DECAY_BIAS": 0.,
+    "SOLVER.WEIGHT_DECAY_BN": 0., "SOLVER.WARMUP_METHOD": "linear",
+    "TEST.EXTEND_SCALE": [.1, .05], _IA+"PENALTY": True,
+    _IA+"USE_ZERO_INIT_CONV": True, _IA+"CONV_INIT_STD": .01}
+
+# %% ../../nbs/models/action_yaml.ipynb #a92605af
 _FIXED_IA = {_IA+k: v for k,v in dict(DIM_IN=2304, DIM_INNER=1024,
     DIM_OUT=2304, FUSION="add", LAYER_NORM=True, TEMPORAL_POSITION=True,
     LENGTH=[30, 30], MEMORY_RATE=1, MAX_PER_SEC=5, MAX_PERSON=25,
@@ -165,7 +176,10 @@ def from_alphaction_yaml(
 ) -> dict:
     "Parameters of stage 06 for these settings."
     s = read_settings(path, overrides)
-    fixed = FIXED | (_FIXED_IA if s.get(_IA+"ACTIVE") else {})
+    fixed = FIXED | _STILL | (_FIXED_IA if s.get(_IA+"ACTIVE") else {})
+    for a in ("MIN", "MAX"): fixed |= {
+        f"INPUT.{a}_SIZE_TEST": s.get(f"INPUT.{a}_SIZE_TRAIN",
+                                      KEYS[f"INPUT.{a}_SIZE_TRAIN"])}
     for k,v in fixed.items():
         if s.get(k, v) != v: raise InputError(f"{k} is {s[k]!r}: networks "
             f"here have {v!r}, as all released ones", path)
