@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['IA_RECIPE', 'Recipe', 'rate', 'param_groups', 'optimiser', 'Trainer']
 
-# %% ../../nbs/models/action_training.ipynb #56bedecb
-import contextlib,math
+# %% ../../nbs/models/action_training.ipynb #4d2b8589
+import contextlib,math,re
 from dataclasses import dataclass,field,replace
+from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..core.files import InputError
 from .action_loss import accuracies,action_loss
-from .memory_pool import MemoryPool
+from .memory_pool import MemoryPool,shared_pool
 from .slowfast import ActionDetector
 from .slowfast_head import jitter
 
@@ -84,7 +85,7 @@ def optimiser(
     opt = torch.optim.SGD(param_groups(model, r), r.lr, r.momentum)
     return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda n: rate(n, r))
 
-# %% ../../nbs/models/action_training.ipynb #e2bbf025
+# %% ../../nbs/models/action_training.ipynb #8d07346f
 class Trainer:
     "A detector, its optimiser, schedule and memory."
     def __init__(self,
@@ -93,14 +94,18 @@ class Trainer:
         optim=None,  # another optimiser and schedule than the recipe's
         shake:bool=True,  # jitter boxes
         acc=None,  # accelerate.Accelerator, where there are devices or ranks
+        people:dict|None=None,  # (movie, second) -> most people of that clip
+        keep="",  # folder for a batch whose loss is no number
     ):
         if acc: model.to(acc.device)
         self.model, self.recipe, self.shake = model, recipe, shake
         self.opt, self.sched = optim or optimiser(model, recipe)
         self.acc, self.net = acc, acc.prepare(model) if acc else model
-        ia = model.config.ia
-        self.pool = MemoryPool() if ia and "M" in ia.blocks else None
-        self.iteration, self.loss = 0, 0.
+        ia, many = model.config.ia, acc and acc.num_processes > 1
+        self.pool = None if not (ia and "M" in ia.blocks) else (
+            shared_pool(acc, people, ia.dim) if many and people
+            else MemoryPool())
+        self.iteration, self.loss, self.keep = 0, 0., keep
 
     @property
     def device(self):
@@ -124,7 +129,7 @@ class Trainer:
         self.iteration += 1
         return got
 
-# %% ../../nbs/models/action_training.ipynb #04b86361
+# %% ../../nbs/models/action_training.ipynb #03efccb9
 @patch
 def learn(self:Trainer,
     b:dict,  # a batch
@@ -137,7 +142,7 @@ def learn(self:Trainer,
     out = self.forward(b)
     terms = action_loss(out.logits, y, self.model.config.groups,
                         self.recipe.focal, n)
-    self.check(terms["total_loss"])
+    self.check(terms["total_loss"], b)
     if self.acc: self.acc.backward(terms["total_loss"])
     else: terms["total_loss"].backward()
     right = accuracies(out.logits, y, self.model.config.groups)
@@ -148,11 +153,17 @@ def learn(self:Trainer,
 @patch
 def check(self:Trainer,
     loss,
+    b:dict,  # the batch
 ):
-    "`InputError` where the loss is no number."
-    if not torch.isfinite(loss): raise InputError(
-        f"the loss of step {self.iteration} is {loss.item()}",
-        fix="lower the learning rate, or see whether a clip is damaged")
+    "`InputError` where the loss is no number; the batch is kept."
+    if torch.isfinite(loss): return
+    path = Path(self.keep)/f"bad_batch_{self.iteration}.pt"
+    if self.keep: torch.save({k: [torch.as_tensor(x) for x in v] if k in (
+        "boxes", "objects") else v for k,v in b.items()}, path)
+    raise InputError(f"the loss of step {self.iteration} is {loss.item()}; "
+        "its key frames: " + ", ".join(f"{m} {s}" for m,s in b["keys"]),
+        path if self.keep else None, fix="look at these clips and their "
+        "boxes, or lower the learning rate")
 
 @patch
 def forward(self:Trainer, b):
@@ -205,7 +216,7 @@ def remember(self:Trainer, seen, loss):
     for m,s,x in rows: self.pool.put(m, s, x, loss)
     if self.acc: self.acc.wait_for_everyone()  # a shared pool is written
 
-# %% ../../nbs/models/action_training.ipynb #a1a971ec
+# %% ../../nbs/models/action_training.ipynb #50a1a8b3
 @patch
 def state(self:Trainer) -> dict:
     "What going on needs, beside the weights; random states not included."
@@ -235,3 +246,30 @@ def load(self:Trainer,
     else: self.sched.load_state_dict(s["sched"])
     if self.pool is not None and "pool" in s:
         self.pool.load_state_dict(s["pool"])
+        if self.acc: self.acc.wait_for_everyone()
+
+# %% ../../nbs/models/action_training.ipynb #fcd2c85b
+@patch
+def go_on(self:Trainer,
+    got:dict,  # what the file holds, see `checkpoints.read_weights`
+    path=None,  # for messages
+):
+    "Take step and momentum of a published training."
+    own = dict(self.model.named_parameters())
+    names = [re.sub(r"^(module\.)+", "", k) for k in got.get("model", ())]
+    names = [k for k in names if k in own]
+    opt = got.get("optimizer")
+    if not isinstance(opt, dict) or "iteration" not in got or len(
+            opt.get("param_groups", ())) != len(names): raise InputError(
+        "no optimiser and step of this network in it", path,
+        fix="transfer=true takes the weights and begins at step 0")
+    at = [i for g in opt["param_groups"] for i in g["params"]]
+    for k,i in zip(names, at):
+        m = opt["state"].get(i, {}).get("momentum_buffer")
+        if m is None: continue
+        if m.shape != own[k].shape: raise InputError(
+            f"momentum of {k} is {tuple(m.shape)}", path)
+        self.opt.state[own[k]]["momentum_buffer"] = m.to(own[k])
+    self.iteration = self.sched.last_epoch = int(got["iteration"])
+    for g in self.opt.param_groups: g["lr"] = g["initial_lr"]*rate(
+        self.iteration, self.recipe)
