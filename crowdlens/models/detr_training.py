@@ -287,7 +287,7 @@ class DetTrainer(Trainer):
         self.average = Average(self.model, ema) if ema else None
         if ema: self.add_callback(self.average)
 
-# %% ../../nbs/models/detr_training.ipynb #db0f5498
+# %% ../../nbs/models/detr_training.ipynb #9a1f3149
 @patch
 def create_optimizer(self:DetTrainer, model=None):
     "AdamW over both groups."
@@ -295,7 +295,7 @@ def create_optimizer(self:DetTrainer, model=None):
         a = self.args
         self.optimizer = torch.optim.AdamW(param_groups(self.model,
             a.learning_rate, self.backbone_factor, a.weight_decay),
-            lr=a.learning_rate, weight_decay=a.weight_decay)
+            lr=a.learning_rate, weight_decay=a.weight_decay, fused=True)
     return self.optimizer
 
 @patch
