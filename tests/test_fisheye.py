@@ -89,7 +89,7 @@ def test_cut_outline_against_brute_force():
         if len(x) < 200:
             continue
         want = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / 10
-        assert np.allclose(box[0], want, atol=1.), (box, want)
+        assert np.allclose(box[0], want, atol=.4), (box, want)  # painted in tenths; thin tips lose three
 
 
 def test_augmenting_in_processes_and_after_a_kill_gives_the_same_files(tmp_path):

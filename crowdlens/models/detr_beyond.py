@@ -149,7 +149,7 @@ BeyondDetr._see, BeyondDetr._propose = _see, _propose
 def _decode(self, pos, mem, start):
     "Hidden states and boxes of all layers; `start` are boxes or None."
     m, c = self.model, self.config
-    ask = m.query_position_embeddings.weight.expand(len(mem), -1, -1)
+    ask = m.query_position_embeddings.weight.expand(mem.shape[0], -1, -1)
     if start is None and c.refine: start = self.first_box(ask).sigmoid()
     h, ref = torch.zeros_like(ask), start
     if c.two_stage:
