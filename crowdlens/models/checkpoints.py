@@ -68,8 +68,9 @@ def read_weights(
             f"not readable: {str(e)[:120]}", path, fix=cut) from None
     try: got = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError: got = _read_inert(path, cut)
-    except Exception as e: raise InputError("not readable: "
-        + str(e).splitlines()[0][:120], path, fix=cut) from None
+    except Exception as e: raise InputError("not readable: " + (
+        str(e) or "it ends too early").splitlines()[0][:120], path,
+        fix=cut) from None
     if not isinstance(got, dict): raise InputError(
         f"holds a {type(got).__name__}, not weights", path)
     return got
@@ -84,7 +85,7 @@ def _read_inert(path, cut):
             return torch.load(path, map_location="cpu", weights_only=False,
                               pickle_module=_INERT)
     except Exception as e: raise InputError("not readable: "
-        f"{type(e).__name__} {str(e).splitlines()[:1]}", path,
+        f"{type(e).__name__} {str(e)[:120]}".strip(), path,
         fix=cut) from None
 
 # %% ../../nbs/models/checkpoints.ipynb #458bdba2
