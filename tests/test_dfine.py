@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import golden
 import goldenkit
+from crowdlens.core.class_names import COCO_NAMES
 from crowdlens.core.files import InputError
 from crowdlens.models import checkpoints, dfine
 from crowdlens.models import dfine_criterion as dc
@@ -56,6 +57,61 @@ def test_open_gives_the_published_geometry(tmp_path):
     ck = checkpoints.open(tmp_path / "x.pth")
     assert (ck.geometry.canvas, ck.geometry.fit, ck.mean, ck.std) == ((640, 640), "stretch", (0,) * 3, (1,) * 3)
     assert ck.labels.names[0] == "person" and ck.loaded.whole
+
+
+def test_a_hub_repository_that_holds_pth_files(tmp_path, monkeypatch):
+    "As that of the challenge's team: no transformers folder, weights in `.pth`; `size` is theirs to say."
+    import huggingface_hub as hub
+
+    from crowdlens import dfine_fisheye as stage
+
+    def none(*a, **k):
+        raise OSError("no config.json")
+    torch.save(dict(ema=dict(module=published(small(5, seed=4)))), tmp_path / "best_stg2.pth")
+    monkeypatch.setattr(checkpoints.AutoModelForObjectDetection, "from_pretrained", none)
+    monkeypatch.setattr(hub, "list_repo_files", lambda name: ["README.md", "last.pth", "best_stg2.pth"])
+    monkeypatch.setattr(hub, "hf_hub_download", lambda name, f: str(tmp_path / f))
+    ck = checkpoints.open("somebody/fisheye")
+    assert equal(ck.model, small(5, seed=4)) and ck.geometry.canvas == (640, 640)
+    det = stage.eyes(stage.Config(model="somebody/fisheye", size=1280))
+    assert det.geometry.canvas == (1280, 1280) and det.geometry.fit == "stretch"
+    ours = stage.eyes(stage.Config(model="street", size=1280))
+    assert ours.geometry == ours.checkpoint.geometry  # it says its own
+    with pytest.raises(InputError, match="no detector that can be opened"):
+        monkeypatch.setattr(hub, "list_repo_files", none)
+        checkpoints.open("somebody/nothing")
+
+
+@pytest.mark.parametrize("size", "nsmlx")
+def test_settings_that_load_without_a_word(shared, size):
+    "What transformers' defaults get wrong and nothing raises, for a fresh network of each size; shapes as published."
+    cfg = dfine.size_config(size, COCO_NAMES)
+    assert cfg.decoder_n_points == ([6, 6] if size == "n" else [3, 6, 3]) and cfg.eval_size is None
+    assert cfg.reg_scale == (8 if size == "x" else 4) and cfg.initializer_bias_prior_prob == .01
+    assert cfg.freeze_backbone_batch_norms == (size in "lx") and dfine.size_of(cfg) == size
+    assert cfg.backbone_config.use_learnable_affine_block == (size in "nsm")
+    with torch.device("meta"):
+        net = DFineForObjectDetection(cfg)
+    manifest = json.loads((shared / "golden" / "dfine" / f"manifest_{size}.json").read_text())
+    want = dfine.to_transformers({k: torch.empty(s, device="meta") for k, (s, _) in manifest.items()})
+    own = {k: tuple(v.shape) for k, v in net.state_dict().items()}
+    assert {k: tuple(v.shape) for k, v in want.items() if "num_points_scale" not in k} == \
+        {k: v for k, v in own.items() if "num_points_scale" not in k}
+    stem = [n for n in dfine.freeze_stem(net) if "embedder" in n]
+    assert (len(stem) >= 5) == (size in "lx")
+
+
+def test_a_fresh_network_begins_as_the_authors_begin_it():
+    cfg = small(5, num_denoising=20).config
+    torch.manual_seed(0)
+    net = dfine.start_heads(DFineForObjectDetection(cfg)).eval()
+    emb = net.model.denoising_class_embed.weight
+    assert emb.shape[0] == 6 and (emb[-1] == 0).all() and (emb[:-1] != 0).any()
+    seen = []
+    net.model.decoder.pre_bbox_head.register_forward_hook(lambda m, a, out: seen.append(out))
+    with torch.inference_mode():
+        net(pixel_values=torch.rand(1, 3, 320, 320))
+    assert (seen[0] == 0).all()  # the first boxes lie where their anchors are
 
 
 def test_what_is_missing_or_left_over_is_said(tmp_path):
