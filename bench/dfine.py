@@ -57,6 +57,7 @@ def main(size="l", batch=1, objects=100, rounds=5):
     print(f"D-FINE-{size}, 640x640, batch {batch}, {objects} objects, CPU seconds (median of {rounds}): "
           f"forward {forward:.2f}; loss and its gradient: crowdlens {mid['crowdlens']:.3f}, "
           f"transformers {mid['transformers']:.3f}: {ratio:.1f} times as fast")
+    return mid | {"forward": forward, "times as fast": ratio}
 
 
 if __name__ == "__main__":

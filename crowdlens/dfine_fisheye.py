@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['STAGE', 'LEAD', 'edge_story', 'plot_edge', 'Basis', 'Training', 'Config', 'camera_set', 'spread', 'load', 'shipped',
-           'make_model', 'precision_of', 'forecast', 'train', 'curves', 'shown', 'report', 'to_tensorboard', 'evaluate',
-           'shared', 'look', 'meet', 'step_augment', 'step_label', 'relative', 'labelled_set', 'pipeline', 'run']
+           'make_model', 'precision_of', 'forecast', 'train', 'curves', 'shown', 'report', 'to_tensorboard', 'eyes',
+           'evaluate', 'shared', 'look', 'meet', 'step_augment', 'predictions', 'fused_labels', 'step_label',
+           'relative', 'labelled_set', 'pipeline', 'copies_alone', 'labels_alone', 'run']
 
-# %% ../nbs/04_dfine_fisheye.ipynb #8ed2a632
+# %% ../nbs/04_dfine_fisheye.ipynb #091d6538
 import math,os,time
 from accelerate import PartialState
 from dataclasses import dataclass,field,replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 import numpy as np
@@ -18,11 +20,15 @@ import torch
 from .core import config,plots,runs
 from .core.config import machine,schedule,take
 from .core.detection_data import DetData,open_data
-from .core.fisheye_augment import augment
-from .core.files import InputError,cache_dir,read_json,write_json
+from .core.detection_outputs import guide_settings
+from .core.fisheye_augment import Changes,augment
+from crowdlens.core.files import (InputError,cache_dir,read_json,safe_join,
+    write_json)
 from .core.frames import write_picture
+from .core.images import read_image
 from .core.letterbox import Letterbox,to_dict
-from .core.pseudo_labels import label_set,merge_labels
+from crowdlens.core.pseudo_labels import (label_set,merge_labels,
+    read_predictions)
 from .core.report import Report
 from .core.world import World
 from .core.worldfiles import CLASSES,coco_dict,labelled
@@ -79,13 +85,14 @@ def plot_edge(
     ax.legend(fontsize=8)
     return fig
 
-# %% ../nbs/04_dfine_fisheye.ipynb #182066a5
+# %% ../nbs/04_dfine_fisheye.ipynb #68111f41
 STAGE = "04_dfine_fisheye"
 
 @dataclass(kw_only=True)
 class Basis(config.Config):
     "What a run of stage 04 is about."
-    mode:Literal["train", "evaluate", "predict", "pipeline"] = "train"
+    mode:Literal["train", "evaluate", "predict", "augment", "label",
+                 "pipeline"] = "train"
     data:str = ""  # COCO JSON, YOLO folder or yaml, or "world"
     images:str = ""  # folder of a COCO JSON's pictures; empty: beside it
     val_data:str = ""  # for validation; empty: as `data`
@@ -128,7 +135,7 @@ class Training(Basis):
     keep:int = machine(4)  # checkpoints
     summary_dir:str = machine("")  # curves for TensorBoard; empty: none
 
-# %% ../nbs/04_dfine_fisheye.ipynb #0927623a
+# %% ../nbs/04_dfine_fisheye.ipynb #ad318b1c
 @dataclass(kw_only=True)
 class Config(Training):
     "What stage 04 needs to know."
@@ -139,9 +146,11 @@ class Config(Training):
     det_db:str = ""  # predict: sequence name, for a tracker's det_db.json
     classes:list[str] = field(default_factory=list)  # of it; empty: all
     det_score:float = .3  # its least score: 0.3 to train with, 0.7 to test
-    unlabelled:str = ""  # folder of pictures without labels, for pipeline
+    det_config:str = ""  # or a JSON: allowed_classes, score_threshold
+    unlabelled:str = ""  # folder of pictures that models label
     copies:int = 3  # changed copies of each picture
-    teachers:list[str] = field(default_factory=list)  # more checkpoints
+    camera:Literal["fisheye", "pinhole"] = "fisheye"  # of what is copied
+    teachers:list[str] = field(default_factory=list)  # checkpoints, JSONs
     weights:list[float] = field(default_factory=list)  # of all teachers
     iou_thr:float = .55  # boxes that overlap more are one
     skip_thr:float = .1  # boxes of lower score are not fused
@@ -154,6 +163,8 @@ class Config(Training):
     def check(self):
         for n in ("batch_size", "device_batch", "epochs"):
             if getattr(self, n) < 1: raise InputError(f"{n} is below 1")
+        if self.summary_dir and not find_spec("tensorboard"): raise InputError(
+            "summary_dir needs tensorboard", fix="pip install tensorboard")
         if self.size % 32: raise InputError(f"size={self.size}",
             fix=f"take a multiple of 32: {math.ceil(self.size/32)*32}")
         if self.batch_size % self.device_batch: raise InputError(
@@ -188,7 +199,7 @@ def camera_set(
         write_json(dst/f"{s}.json", doc, None)
     return {s: dst/f"{s}.json" for s in parts}
 
-# %% ../nbs/04_dfine_fisheye.ipynb #b8708cbc
+# %% ../nbs/04_dfine_fisheye.ipynb #4a36eb52
 def spread(d:DetData, limit:int) -> DetData:
     "`limit` pictures, evenly spread; 0: all."
     n = len(d)
@@ -210,7 +221,8 @@ def load(cfg) -> tuple[DetData, DetData]:
         got = _world(cfg); src, val = str(got["train"]), str(got["val"])
     val = val or src
     tr = open_data(src, cfg.train_split, cfg.out, cfg.images or _beside(src))
-    va = open_data(val, cfg.val_split, cfg.out, cfg.val_images or _beside(val))
+    va = open_data(val, cfg.val_split, cfg.out, cfg.val_images or (
+        cfg.images if val == src else "") or _beside(val))
     if tr.names != va.names: raise InputError(f"train has {tr.names}, val "
         f"{va.names}", val, fix="both must list the same classes and ids")
     return spread(tr, cfg.train_limit), spread(va, cfg.val_limit)
@@ -221,7 +233,7 @@ def _beside(path):
     return str(p.with_suffix("")) if p.suffix == ".json" and p.with_suffix(
         "").is_dir() else ""
 
-# %% ../nbs/04_dfine_fisheye.ipynb #3b3395c5
+# %% ../nbs/04_dfine_fisheye.ipynb #97eca16a
 def shipped(
     model:str,  # of a Config
 ):
@@ -240,7 +252,7 @@ def make_model(cfg, names:list, say=print):
     if cfg.model in tuple("nsmlx"):
         with checkpoints.seeded(cfg.seed): net = DFineForObjectDetection(
             dfine.size_config(cfg.model, names, num_denoising=cfg.denoising))
-        return net, box, (0.,)*3, (1.,)*3
+        return dfine.start_heads(net), box, (0.,)*3, (1.,)*3
     ck = checkpoints.open(shipped(cfg.model)); net = ck.model
     if net.config.model_type != "d_fine": raise InputError(
         f"a {net.config.model_type} cannot be trained here", cfg.model,
@@ -408,25 +420,31 @@ def report(cfg, run, page, data, preds):
                                           "was found")
     return figs, pic
 
-# %% ../nbs/04_dfine_fisheye.ipynb #7dfde874
+# %% ../nbs/04_dfine_fisheye.ipynb #5f618318
 def to_tensorboard(
     folder,  # of a run
     dst,  # folder for the event files
 ):
     "The run's curves for TensorBoard."
-    try: from torch.utils.tensorboard import SummaryWriter
-    except ImportError: raise InputError("summary_dir needs tensorboard",
-        fix="pip install tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
     with SummaryWriter(str(dst)) as w:
         for r in runs.history(folder):
             for k,v in r.items():
                 if k != "step" and v is not None: w.add_scalar(k, v, r["step"])
 
-# %% ../nbs/04_dfine_fisheye.ipynb #eff52f2c
+# %% ../nbs/04_dfine_fisheye.ipynb #fdbd01f5
+def eyes(cfg, weights="") -> Detector:
+    "A checkpoint that looks; `size` is of published weights, which say none."
+    ck = checkpoints.open(shipped(str(weights or cfg.model)))
+    bare = ck.model.config.model_type == "d_fine" and Path(
+        ck.source).suffix in (".pth", ".pt")
+    return Detector(ck, geometry=Letterbox(cfg.size, cfg.size, 32, "stretch")
+                    if bare and cfg.size else None)
+
 def evaluate(cfg, run) -> runs.Result:
     "Judge a checkpoint on labelled pictures; nothing is trained."
     va = load(replace(cfg, train_limit=1))[1]
-    det = Detector(shipped(cfg.model)); to = shared(det.labels, va)
+    det = eyes(cfg); to = shared(det.labels, va)
     run.log(f"{det}; {va}")
     found = detect_files(det, va.files, run.folder, cfg.device_batch)
     if not run.main: return runs.Result(run.folder)
@@ -438,6 +456,17 @@ def evaluate(cfg, run) -> runs.Result:
     return run.finish(figs, page, [k for k in LEAD if k in figs], pic,
                       dict(results=run.folder/"results.json"))
 
+# %% ../nbs/04_dfine_fisheye.ipynb #80f12cd5
+def _sheet(run, page, name, folder, caption):
+    "Four pictures of a folder, in the report; gives their path."
+    some = sorted(Path(folder).glob("*.jpg"))[:4]
+    if not some: return ""
+    pic = run.figure(name, plots.contact_sheet([read_image(p) for p in some],
+        [p.stem for p in some], 2, (300, 300)))
+    page.picture(pic, caption)
+    return pic
+
+# %% ../nbs/04_dfine_fisheye.ipynb #b19d5de9
 def shared(
     labels,  # a LabelMap
     data:DetData,
@@ -454,15 +483,24 @@ def look(cfg, run) -> runs.Result:
     "Find objects in pictures or a film without labels."
     if not cfg.data or cfg.data == "world": raise InputError(
         "what is to be looked at?", fix="-p data=PICTURE_FOLDER_OR_FILM")
-    got = predict(Detector(shipped(cfg.model)), cfg.data, run.folder,
-        cfg.device_batch, cfg.least, tiles=cfg.tiles, submission=
-        cfg.submission, thresholds=cfg.thresholds or None, det_db=cfg.det_db,
-        classes=cfg.classes, det_score=cfg.det_score)
+    det = eyes(cfg); db = dict(classes=cfg.classes, least=cfg.det_score)
+    if cfg.det_config: db = guide_settings(cfg.det_config, det.labels)
+    seq = cfg.det_db or db.get("sequence", "")
+    got = predict(det, cfg.data, run.folder, cfg.device_batch, cfg.least,
+        tiles=cfg.tiles, submission=cfg.submission, det_db=seq, thresholds=
+        cfg.thresholds or None, classes=db["classes"], det_score=db["least"])
     if not run.main: return runs.Result(run.folder)
-    n = len(read_json(got["results"]))
-    return run.finish(dict(detections=n), Report("04 · detections",
-        str(cfg.data)).cards(dict(detections=n)), ["detections"],
-        products={k: v for k,v in got.items() if Path(v).exists()})
+    figs = dict(detections=len(read_json(got["results"])))
+    page = Report("04 · detections", str(cfg.data)).cards(figs)
+    pic = _sheet(run, page, "found", run.folder/"pictures",
+                 f"boxes of score {cfg.least} and above")
+    if seq: page.heading("For the tracker").table([dict(what=k, found=v
+        if isinstance(v, (int, float)) else str(v or "none")) for k,v in
+        read_json(got["det_db_check"]).items()])
+    for k in ("film", "submission", "det_db", "annotations"):
+        if k in got: page.link(Path(got[k]).name, k)
+    return run.finish(figs, page, ["detections"], pic or "",
+        {k: v for k,v in got.items() if Path(str(v)).exists()})
 
 # %% ../nbs/04_dfine_fisheye.ipynb #2853986e
 def meet():
@@ -473,39 +511,58 @@ def _sub(cfg, what, **changes):
     "The settings of one step, a run beside this one."
     return replace(cfg, name=f"{cfg.name}.{what}", **changes)
 
-# %% ../nbs/04_dfine_fisheye.ipynb #c0945d55
-def step_augment(cfg, run, files):
+# %% ../nbs/04_dfine_fisheye.ipynb #c9750dc0
+def step_augment(cfg, run, files, shown:int=8):
     "Changed copies of the labelled pictures."
     got = augment(files["images"], files["train"], run.folder/"augmented",
-        cfg.copies, cfg.seed, validation=8, workers=cfg.workers
-        ) if run.main else {}
+        cfg.copies, cfg.seed, Changes(camera=cfg.camera), shown,
+        workers=cfg.workers) if run.main else {}
     meet()
     return run.folder/"augmented"/"annotations.json", got
 
-def step_label(cfg, run, teachers, pictures, train_json, folder):
-    "Pseudo labels of the pictures without labels, merged with the others."
-    from crowdlens.core.pseudo_labels import label_set,merge_labels
-    models, all_files = {}, pictures_of(pictures)
-    for k,t in enumerate(teachers):
-        det = Detector(t); at = run.folder/f"teacher-{k + 1}"
-        found = detect_files(det, all_files, at, cfg.device_batch)
-        doc, rows = coco_of(all_files, found, det.labels, pictures)
-        models[f"teacher {k + 1}"] = dict(doc, annotations=rows)
-    top = os.path.commonpath([os.path.abspath(p) for p in (folder, pictures)])
-    if not run.main: meet(); return run.folder/"merged.json", top, {}
-    got = label_set(models, run.folder/"labels", pictures=pictures,
+def predictions(cfg, run, teachers, pictures) -> dict:
+    "What each teacher says: a checkpoint looks, a JSON of results is read."
+    models, files = {}, pictures_of(pictures)
+    for k,t in enumerate(map(str, teachers), 1):
+        if t.endswith(".json"):
+            ids = Path(t).with_name("images.json")  # as predict writes it
+            models[f"teacher {k}"] = read_predictions(t, ids if ids.exists()
+                                                      else None)
+            continue
+        det, at = eyes(cfg, t), run.folder/f"teacher-{k}"
+        found = detect_files(det, files, at, cfg.device_batch)
+        doc, rows = coco_of(files, found, det.labels, pictures)
+        models[f"teacher {k}"] = dict(doc, annotations=rows)
+    return models
+
+def fused_labels(cfg, models, folder, shown:int=8) -> dict:
+    "The labels that the teachers' predictions make together."
+    return label_set(models, folder, pictures=cfg.unlabelled,
+        gt=cfg.val_data if cfg.mode == "label" and cfg.val_data else None,
         iou_thr=cfg.iou_thr, skip_thr=cfg.skip_thr, thresholds=cfg.pseudo_thr,
-        weights=cfg.weights or None, shown=8)
+        weights=cfg.weights or None, shown=shown)
+
+# %% ../nbs/04_dfine_fisheye.ipynb #d62dff61
+def step_label(cfg, run, teachers, train_json, folder):
+    "Pseudo labels of the pictures without labels, merged with the others."
+    pictures = cfg.unlabelled
+    models = predictions(cfg, run, teachers, pictures)
+    top = os.path.commonpath([os.path.abspath(p) for p in (folder, pictures)])
+    to = run.folder/"merged.json"
+    if not run.main: meet(); return to, top, {}
+    got = fused_labels(cfg, models, run.folder/"labels")
     whole = merge_labels(relative(train_json, folder, top),
                          relative(got["pseudo"], pictures, top))
-    write_json(run.folder/"merged.json", whole, None); meet()
-    return run.folder/"merged.json", top, got
+    write_json(to, whole, None); meet()
+    drawn = sum(a["provenance"] == "people" for a in whole["annotations"])
+    return to, top, got | dict(drawn=drawn, added=len(whole["annotations"])
+        - drawn, boxes=sum(len(m["annotations"]) for m in models.values()))
 
 def relative(json, folder, top) -> dict:
     "A COCO document whose file names are relative to `top`."
     doc = read_json(json)
     for m in doc["images"]: m["file_name"] = os.path.relpath(
-        Path(folder)/m["file_name"], top)
+        safe_join(folder, m["file_name"], json), top)
     return doc
 
 # %% ../nbs/04_dfine_fisheye.ipynb #7e34f249
@@ -520,7 +577,7 @@ def labelled_set(cfg, run) -> dict:
     if run.main: write_json(run.folder/"labelled.json", doc, None)
     return dict(train=str(run.folder/"labelled.json"), images=top)
 
-# %% ../nbs/04_dfine_fisheye.ipynb #85feb60f
+# %% ../nbs/04_dfine_fisheye.ipynb #fae97bdc
 def pipeline(cfg, run) -> runs.Result:
     "Augment, train, label, train again, evaluate, export."
     if cfg.data == "world":
@@ -534,32 +591,42 @@ def pipeline(cfg, run) -> runs.Result:
     cfg = replace(cfg, val_data=cfg.val_data or cfg.data, val_images=
         cfg.val_images or ("" if cfg.val_data else files["images"]))
     aug, got = step_augment(cfg, run, files)
-    rows.append(_line("augment", f"{cfg.copies} copies a picture", got))
+    rows.append(_line("augment", f"copies a picture: {cfg.copies}", got))
     one = _run(_sub(cfg, "first", mode="train", data=str(aug), images=str(
         aug.parent/"images"), train_limit=0))
     rows.append(_line("train", "on the copies", one.metrics))
     best = one.folder/"checkpoints"/"best"
     merged, root, got = step_label(cfg, run, [str(best), *cfg.teachers],
-        cfg.unlabelled, aug, aug.parent/"images")
-    rows.append(_line("label", f"{1 + len(cfg.teachers)} teachers", got))
+                                   aug, aug.parent/"images")
+    rows += _label_lines(cfg, got)
     two = _run(_sub(cfg, "second", mode="train", data=str(merged),
         images=root, model=str(best.resolve()), train_limit=0,
         epochs=cfg.second_epochs, stop_epoch=cfg.second_epochs,
         lr=cfg.second_lr, backbone_lr=cfg.second_backbone_lr, size=0))
-    rows.append(_line("train again", "with pseudo labels", two.metrics))
+    rows.append(_line("train again", "with pseudo labels", {}))
+    rows.append(_line("evaluate", "the best epoch", two.metrics))
     return _end(cfg, run, rows, two)
 
 def _run(cfg):
     "A step that is a run of this stage."
     return run(replace(cfg, again=False))
 
-# %% ../nbs/04_dfine_fisheye.ipynb #7e10a8e4
+# %% ../nbs/04_dfine_fisheye.ipynb #d0dc1e9e
 def _line(step, what, figs) -> dict:
     "A line of the pipeline's report."
-    keys = ("images", "annotations", "labels")
+    keys = ("images", "annotations", "boxes", "labels", "drawn", "added")
     made = ", ".join(f"{figs[k]} {k}" for k in keys if k in figs)
     return dict(step=step, what=what, made=made, **{k: figs.get(k) for k in
                                                     LEAD})
+
+def _label_lines(cfg, got) -> list:
+    "The lines of labelling, fusing and merging."
+    def part(*keys): return {k: got[k] for k in keys if k in got}
+    return [_line("label", f"teachers: {1 + len(cfg.teachers)}", part(
+                "images", "boxes")),
+            _line("fuse", f"kept from {cfg.pseudo_thr} on", part("labels")),
+            _line("merge", "drawn by people, added by models", part("drawn",
+                                                                    "added"))]
 
 def _end(cfg, run, rows, last) -> runs.Result:
     "Export the last network, and the page over all steps."
@@ -583,12 +650,45 @@ def _end(cfg, run, rows, last) -> runs.Result:
         f"../{cfg.name}.{k}/report.html", f"the {k} training")
     return run.finish(figs, page, list(LEAD), products=made)
 
-# %% ../nbs/04_dfine_fisheye.ipynb #a13d74e3
+# %% ../nbs/04_dfine_fisheye.ipynb #5b4a0a20
+def copies_alone(cfg, run) -> runs.Result:
+    "Changed copies of labelled pictures, and some of them to look at."
+    path, got = step_augment(cfg, run, labelled_set(cfg, run), 50)
+    if not run.main: return runs.Result(run.folder)
+    figs = {k: got[k] for k in ("images", "annotations", "pasted")}
+    figs["skipped"] = len(got["skipped"])
+    page = Report("04 · copies", f"of each picture of {cfg.data}: "
+                  f"{cfg.copies}").cards(figs)
+    for line in got["skipped"][:20]: page.say(line, "bad")
+    pic = _sheet(run, page, "copies", got["validation_dir"],
+                 "copies with their boxes")
+    return run.finish(figs, page, list(figs), pic, dict(annotations=path,
+        images=path.parent/"images"))
+
+def labels_alone(cfg, run) -> runs.Result:
+    "Labels that several networks, or their results, agree on."
+    if not cfg.unlabelled: raise InputError("which pictures?",
+        fix="-p unlabelled=FOLDER")
+    models = predictions(cfg, run, cfg.teachers or [cfg.model],
+                         cfg.unlabelled)
+    if not run.main: return runs.Result(run.folder)
+    got = fused_labels(cfg, models, run.folder, 50)
+    figs = {k: got[k] for k in ("images", "labels")}
+    page = Report("04 · pseudo labels", f"teachers: {len(models)}, on "
+                  f"{cfg.unlabelled}, kept from {cfg.pseudo_thr} on")
+    page.cards(figs).heading("What each threshold keeps").table(
+        [r for r in got["table"] if r["kept"]])
+    pic = _sheet(run, page, "labels", run.folder/"review", "labels")
+    return run.finish(figs, page, list(figs), pic,
+                      dict(labels=Path(got["pseudo"])))
+
+# %% ../nbs/04_dfine_fisheye.ipynb #aa1f31d4
 def run(cfg:Config) -> runs.Result:
     "The whole stage."
     with runs.Run(STAGE, cfg) as r:
         if r.done: return r.done
         return dict(train=_train, evaluate=evaluate, predict=look,
-                    pipeline=pipeline)[cfg.mode](cfg, r)
+            augment=copies_alone, label=labels_alone,
+            pipeline=pipeline)[cfg.mode](cfg, r)
 
 runs.main(globals())
