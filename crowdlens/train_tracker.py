@@ -27,7 +27,7 @@ from .models.motrv2 import Design,MOTRv2,SMALL,once,twice
 from .models.motrv2_loss import Forget,clip_loss
 from .models.small_tracker import *
 
-# %% ../nbs/train_tracker.ipynb #06698b0e
+# %% ../nbs/train_tracker.ipynb #f9a75be3
 STAGE = "train_tracker"
 
 @dataclass(kw_only=True)
@@ -37,8 +37,7 @@ class Config(config.Config):
     whole_lengths:list[int] = field(default_factory=lambda: [2, 3])  # frames
     late_clips:list[int] = field(
         default_factory=lambda: [1500, 1800, 2200, 1200])  # clips
-    late_lengths:list[int] = field(
-        default_factory=lambda: [4, 6, 8, 10])  # frames
+    late_lengths:list[int] = field(default_factory=lambda: [4, 6, 8, 10])
     lr:float = 5e-4  # while everything learns
     late_lr:float = 4e-4  # at first, while the image side is frozen
     warmup:int = 200  # clips until the rate is reached
@@ -53,12 +52,15 @@ class Config(config.Config):
     films:int = 6  # in the handful
     film_frames:int = 48  # frames of a film
     pool:int = 100  # films whose tokens are kept
+    start:str = ""  # a checkpoint to go on from; empty: from scratch
     test_films:int = 12  # held-out films to judge by
     test_frames:int = 120  # frames of each
     save_every:int = machine(300)  # clips between checkpoints
     threads:int = machine(1)  # threads of torch
 
     def check(self):
+        if self.start and not Path(self.start).is_dir(): raise InputError(
+            "start: no such checkpoint", self.start)
         for a, b in ((self.whole_clips, self.whole_lengths),
                      (self.late_clips, self.late_lengths)):
             if len(a) != len(b): raise InputError(
@@ -102,7 +104,7 @@ def rate(
     if done < .4: return cfg.late_lr*min(1, (step - whole + 1)/cfg.warmup)
     return cfg.late_lr*.5*(1 + math.cos(math.pi*(done - .4)/.6))
 
-# %% ../nbs/train_tracker.ipynb #7492e315
+# %% ../nbs/train_tracker.ipynb #e27debcb
 LATE = "transformer.encoder", "transformer.level_embed", "input_proj", \
     "backbone"  # what is frozen in the second part
 
@@ -120,6 +122,8 @@ class Learner:
     def __init__(self, cfg:Config):
         self.cfg, self.step, self.late, self.kept = cfg, 0, False, None
         self.model, self.head = fresh_tracker(cfg)
+        if cfg.start: self.model.load_state_dict(twice(load_file(
+            Path(cfg.start)/"model.safetensors")))
         self.ema = AveragedModel(self.model, use_buffers=True,
             multi_avg_fn=get_ema_multi_avg_fn(.999))
         self.begin(False)
