@@ -17,7 +17,11 @@ NBS = sorted(
 )
 
 
-@pytest.mark.parametrize("nb", NBS, ids=str)
+def has_code(nb):
+    return any(c["cell_type"] == "code" for c in json.loads((TOP / "nbs" / nb).read_text())["cells"])
+
+
+@pytest.mark.parametrize("nb", filter(has_code, NBS), ids=str)  # pages of prose are run by test_guides
 def test_runs(nb, tmp_path):
     "The notebook runs from top to bottom, slow lessons included."
     cmd = [str(Path(sys.executable).with_name("nbdev-test")), str(TOP / "nbs" / nb), "--n-workers", "0", "--flags", "slow"]
