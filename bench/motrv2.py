@@ -1,13 +1,19 @@
-"""MOTRv2's speed: `python bench/motrv2.py [track|tune] [H W]`.
+"""MOTRv2's speed: `make bench PART=motrv2`, or `python bench/motrv2.py [track|tune] [H W]`.
 
 `track` follows a few frames at 800x1422 with the network as it is and with a
 plain implementation kept here: position encodings made anew for each frame,
 all sampled values of all levels in one tensor, norms on their own. Same
 weights, same ids. `tune` times one clip with the shared vector alone and with
-everything learning, and counts what autograd keeps."""
+everything learning, and counts what autograd keeps. Seconds of all threads'
+work stand beside those of the clock, for machines that do other things
+meanwhile. Results go to bench/results/motrv2.json."""
+import datetime
 import json
+import os
+import platform
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,8 +78,9 @@ def follow(m, frames, props):
     out, t = [], []
     for x in m.track(frames, props, size_rule=(min(frames[0].shape[:2]), 10**6)):
         out.append(x.ids.tolist())
-        t.append(time.perf_counter())
-    return out, (t[-1] - t[0]) / (len(t) - 1), {k: round(v / len(t), 3) for k, v in PARTS.items()}
+        t.append((time.perf_counter(), time.process_time()))
+    wall, cpu = ((b - a) / (len(t) - 1) for a, b in zip(t[0], t[-1]))
+    return out, wall, cpu, {k: round(v / len(t), 3) for k, v in PARTS.items()}
 
 
 def track(h=800, w=1422, n=3):
@@ -90,8 +97,11 @@ def track(h=800, w=1422, n=3):
     old = follow(m, frames, props)
     parts.sample_points, motrv2.folded, m.transformer.places = timed("sampling", sample), fold, places
     new = follow(lean(m), frames, props)
-    return dict(size=[h, w], threads=torch.get_num_threads(), plain=round(old[1], 2), ours=round(new[1], 2),
-                faster=round(old[1] / new[1], 2), same_ids=old[0] == new[0], plain_parts=old[2], our_parts=new[2])
+    ids = {i for f in new[0] for i in f}
+    return dict(size=[h, w], frames=n, threads=torch.get_num_threads(), plain=round(old[1], 2), ours=round(new[1], 2),
+                faster=round(old[1] / new[1], 2), plain_cpu=round(old[2], 2), ours_cpu=round(new[2], 2),
+                faster_cpu=round(old[2] / new[2], 2), same_ids=old[0] == new[0], tracks=len(ids), plain_parts=old[3],
+                our_parts=new[3])
 
 
 def tune(h=400, w=711, frames=2):
@@ -101,17 +111,31 @@ def tune(h=400, w=711, frames=2):
     out = {}
     for only in (True, False):
         motrv2_training.choose(m, only)
-        t = time.perf_counter()
+        name, t, c = "embed_only" if only else "full", time.perf_counter(), time.process_time()
         motrv2_loss.clip_loss(m, clip, embed_only=only).total.backward()
-        out["embed_only" if only else "full"] = round(time.perf_counter() - t, 2)
+        out[name], out[name + "_cpu"] = round(time.perf_counter() - t, 2), round(time.process_time() - c, 2)
     one = motrv2_loss.Clip(ims[:1], props[:1], clip.boxes[:1], clip.ids[:1])
     for only in (True, False):
         motrv2_training.choose(m, only)
         n = motrv2_training.held_bytes(m, lambda: motrv2_loss.clip_loss(m, one, embed_only=only).total)
         out[("embed_only" if only else "full") + "_MB_a_frame"] = round(n / 1e6, 1)
-    return dict(size=[h, w], frames=frames, share=round(out["embed_only"] / out["full"], 2), **out)
+    return dict(size=[h, w], frames=frames, threads=torch.get_num_threads(),
+                share=round(out["embed_only"] / out["full"], 2),
+                share_cpu=round(out["embed_only_cpu"] / out["full_cpu"], 2), **out)
+
+
+def main(parts=("track", "tune"), size=()):
+    file = Path(__file__).resolve().parent / "results/motrv2.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    for p in parts:
+        kept[p] = dict(date=datetime.date.today().isoformat(), cpus=os.cpu_count(), machine=platform.machine(),
+                       load=round(os.getloadavg()[0], 1)) | dict(track=track, tune=tune)[p](*size)
+        if not size:
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(kept, indent=1) + "\n")
+        print(p, json.dumps(kept[p], indent=1))
 
 
 if __name__ == "__main__":
-    part, *size = sys.argv[1:] or ["track"]
-    print(json.dumps(dict(track=track, tune=tune)[part](*map(int, size)), indent=1))
+    part, *size = sys.argv[1:] or [None]
+    main((part,) if part else ("track", "tune"), tuple(map(int, size)))

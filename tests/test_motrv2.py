@@ -127,6 +127,21 @@ def test_weights_that_do_not_fit(net):
             motrv2.load(s)
 
 
+def test_another_number_of_layers_and_queries_opens(tmp_path):
+    "They are read from the shapes, also through the door that opens every kind."
+    from dataclasses import replace
+
+    from crowdlens.models import checkpoints
+    torch.manual_seed(1)
+    m = MOTRv2(replace(SMALL, encoder_layers=2, decoder_layers=2, learned=4))
+    torch.save(dict(model=m.state_dict()), tmp_path / "m.pth")
+    got = motrv2.load(tmp_path / "m.pth")
+    assert got.design == m.design
+    assert all(torch.equal(a, b) for a, b in zip(got.state_dict().values(), m.state_dict().values()))
+    opened = checkpoints.open(tmp_path / "m.pth")
+    assert opened.kind == "tracker"
+
+
 @pytest.mark.parametrize("raw", [b"not weights at all", b"\x80\x04cos\nsystem\n(S'touch HACKED'\ntR."])
 def test_hostile_files(raw, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,7 @@ def to_scores(
     s, i = flat.topk(min(top, flat.shape[1]))
     return s, i % classes, i//classes
 
-# %% ../../nbs/models/detector.ipynb #e7caf763
+# %% ../../nbs/models/detector.ipynb #a03136f5
 class Detector:
     "Finds objects in images with any detector checkpoint."
     def __init__(self,
@@ -76,7 +76,7 @@ class Detector:
         if isinstance(model, torch.nn.Module):
             model = checkpoints._wrap(model, hints)
         elif not isinstance(model, checkpoints.Checkpoint):
-            model = checkpoints.open(model, **hints)
+            model = checkpoints.open(model, "detector", **hints)
         self.checkpoint, self.labels = model, model.labels
         self.geometry = geometry or model.geometry
         gpu = torch.cuda.is_available()

@@ -392,7 +392,7 @@ def design_of(
         fix="take a MOTRv2 checkpoint, not the detector it began with")
     return d
 
-# %% ../../nbs/models/motrv2.ipynb #256bdd34
+# %% ../../nbs/models/motrv2.ipynb #b7b2b47b
 def load(
     state_or_path,  # a state, a .pth file, or a checkpoint folder of ours
 ) -> MOTRv2:
@@ -407,6 +407,8 @@ def load(
             if info.get("kind") != "tracker": raise InputError(
                 f"this is a {info.get('kind', 'detector')} checkpoint", p,
                 fix="MOTRv2 needs one of kind tracker")
+            if "design" not in info: raise InputError("this tracker "
+                "checkpoint does not say its design", p/"crowdlens.json")
             design, p = Design(**info["design"]), p/"model.safetensors"
         got = read_weights(p)
     if isinstance(got.get("design"), dict): design = Design(**got["design"])

@@ -66,7 +66,7 @@ class ClipSet:
         return draw_clip(s, t, self.length, rng, self.interval, self.change,
                          self.scale)
 
-# %% ../../nbs/models/motrv2_training.ipynb #3f98a9a0
+# %% ../../nbs/models/motrv2_training.ipynb #c0539975
 class Tuner:
     "A model and its optimiser, which can be put away and back."
     def __init__(self,
@@ -84,7 +84,7 @@ class Tuner:
             groups], lr, weight_decay=weight_decay)
         self.params = [p for g, _ in groups for p in g]
         self.max_norm, self.accumulate, self.noise = max_norm, accumulate, noise
-        self.clips = 0
+        self.clips, self.boxes = 0, 0.  # boxes: of truth since the last step
 
     def learn(self,
         clip:Clip,
@@ -94,34 +94,39 @@ class Tuner:
         self.model.train()
         got = clip_loss(self.model, clip, self.noise,
                         embed_only=self.embed_only)
-        if not torch.isfinite(got.total): raise InputError(
-            f"the loss of clip {self.clips + 1} is {got.total.item()}",
-            fix="lower lr")
-        if got.total.requires_grad: (got.total/self.accumulate).backward()
-        self.clips += 1
+        loss = _mean(got.total.detach().clone()).item()
+        if not np.isfinite(loss): raise InputError(
+            f"the loss of clip {self.clips + 1} is {loss}", fix="lower lr")
+        if got.total.requires_grad: (got.total*got.samples).backward()
+        self.boxes += got.samples; self.clips += 1
         if self.clips % self.accumulate == 0 or last: self.step()
-        return got.total.item()
+        return loss
 
     def step(self):
         "Move what learns."
-        if torch.distributed.is_available() and \
-                torch.distributed.is_initialized(): self._average()
-        torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
-        self.opt.step(); self.opt.zero_grad()
-
-    def _average(self):
-        "Gradients as the mean over all processes."
-        n = torch.distributed.get_world_size()
         for p in self.params:
-            if p.grad is None: p.grad = torch.zeros_like(p)
-            torch.distributed.all_reduce(p.grad); p.grad /= n
+            if p.grad is None and _many(): p.grad = torch.zeros_like(p)
+            if p.grad is not None: p.grad = _mean(p.grad)/self.boxes
+        torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
+        self.opt.step(); self.opt.zero_grad(); self.boxes = 0.
 
-# %% ../../nbs/models/motrv2_training.ipynb #0473bdcd
+def _many() -> bool:
+    "Whether several processes learn together."
+    d = torch.distributed
+    return d.is_available() and d.is_initialized()
+
+def _mean(t):
+    "The mean of `t` over all processes, in place."
+    if _many():
+        torch.distributed.all_reduce(t); t /= torch.distributed.get_world_size()
+    return t
+
+# %% ../../nbs/models/motrv2_training.ipynb #a2d7c28c
 @patch
 def state(self:Tuner) -> dict:
     "What going on needs, beside the model's weights."
-    return dict(opt=self.opt.state_dict(), clips=self.clips, grads=[
-        None if p.grad is None else p.grad for p in self.params])
+    return dict(opt=self.opt.state_dict(), clips=self.clips, boxes=self.boxes,
+        grads=[None if p.grad is None else p.grad for p in self.params])
 
 @patch
 def resume(
@@ -130,7 +135,7 @@ def resume(
 ):
     "Go on from there."
     self.opt.load_state_dict(state["opt"])
-    self.clips = state["clips"]
+    self.clips, self.boxes = state["clips"], state["boxes"]
     for p, g in zip(self.params, state["grads"]): p.grad = g
 
 # %% ../../nbs/models/motrv2_training.ipynb #deb123a0
@@ -162,7 +167,7 @@ def moved(
     return dict(norm=n, largest=d.abs().max().item(), score=.1*n/w,
                 along_score=share)
 
-# %% ../../nbs/models/motrv2_training.ipynb #6a82fb71
+# %% ../../nbs/models/motrv2_training.ipynb #095a0daf
 def tune(
     model:MOTRv2,
     clips,  # a ClipSet, or anything with len() and clip(epoch, i)
@@ -190,9 +195,9 @@ def tune(
         loss = me.learn(clips.clip(epoch, (i*world + rank) % len(clips)),
                         i == n - 1)
         if each: each(me.clips, loss)
-        whole = me.clips % n == 0
-        if save and (whole or save_every and me.clips % save_every == 0):
-            save(me.clips//n, me.clips, me.state())
+        now = me.clips % n == 0 or save_every and me.clips % save_every == 0
+        if save and now and (world == 1 or not me.boxes): save(
+            me.clips//n, me.clips, me.state())  # between steps, if not alone
     model.eval()
     return me
 
