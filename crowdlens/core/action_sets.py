@@ -160,7 +160,7 @@ def _no_action(name, names):
         fix=f"did you mean {near[0]!r}?" if near else
         "there are: " + ", ".join(names.values()))
 
-# %% ../../nbs/core/action_sets.ipynb #3d43c6f2
+# %% ../../nbs/core/action_sets.ipynb #f02a81af
 def check_set(
     data:ActionData,
     films,  # a `Films`
@@ -168,19 +168,24 @@ def check_set(
     file="",  # the annotations, for the table
     train:bool=True,  # annotated people count, else found ones
 ) -> list[dict]:
-    "A row a problem: file, row, what."
+    "A row a problem: file, row, what, and whether it stops a run."
     out, sizes = [], {}
-    def add(row, what): out.append(dict(file=str(file), row=row, what=what))
+    def add(row, what, stops=True): out.append(dict(
+        file=str(file), row=row, what=what, stops=stops))
     for row,f in enumerate(data.frames, 1):
         people = f.boxes_xyxy if train or f.found_xyxy is None else f.found_xyxy
-        if not len(people): add(row, f"{f.movie} {f.second}: nobody on it")
+        if not len(people): add(row, f"{f.movie} {f.second}: nobody on it",
+                                False)
+        if train and (n := sum(not a for a in f.actions)): add(row,
+            f"{f.movie} {f.second}: {n} people without an action", False)
         try:
             films(f.movie).around(f.second, rule)
             if f.movie not in sizes: sizes[f.movie] = films.size(f.movie)
         except InputError as e: add(row, str(e).split("\n")[0]); continue
         if tuple(sizes[f.movie]) != tuple(map(round, f.size)): add(row,
             f"{f.movie} is {sizes[f.movie]}, stated {f.size}")
-    return out + [dict(file=str(file), row=None, what=n) for n in data.notes]
+    for n in data.notes: add(None, n, False)
+    return out
 
 # %% ../../nbs/core/action_sets.ipynb #c2dfe549
 def cut_films(
