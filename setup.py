@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 ini = configparser.ConfigParser(delimiters=["="])
 ini.read(HERE / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-EXTRAS = ("dev", "docs", "export", "lab")
+EXTRAS = ("dev", "docs", "export", "lab", "tensorboard")
 
 
 def lines(text, sep="\n"):

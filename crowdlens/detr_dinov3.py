@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['STAGE', 'LEAD', 'check', 'DataAndModel', 'Config', 'spread', 'load', 'describe_data', 'make_model', 'numbers',
            'from_checkpoint', 'recommend', 'from_guide', 'encode', 'decode', 'pick_precision', 'training_args',
-           'crowded_batch', 'try_step', 'sizes_of', 'probe', 'forecast', 'train', 'keep_maps', 'shrink',
-           'stopped_early', 'provenance', 'tensorboard', 'tell_trackio', 'make_trainer', 'shared_classes', 'keep_worst',
-           'judge', 'look', 'curves', 'features_picture', 'boxes_page', 'add_failures', 'report', 'run', 'share']
+           'crowded_batch', 'try_step', 'sizes_of', 'probe', 'forecast', 'forecasts', 'too_long', 'train', 'keep_maps',
+           'shrink', 'stopped_early', 'provenance', 'tensorboard', 'tell_trackio', 'make_trainer', 'shared_classes',
+           'keep_worst', 'judge', 'look', 'merge_worst', 'curves', 'features_picture', 'boxes_page', 'add_failures',
+           'report', 'run', 'share']
 
-# %% ../nbs/03_detr_dinov3.ipynb #daf90461
+# %% ../nbs/03_detr_dinov3.ipynb #c399ad61
 import gc,math,os,time
-from dataclasses import asdict,dataclass
+from dataclasses import asdict,dataclass,replace
 from pathlib import Path
 from typing import Literal
 import cv2
 import numpy as np
 import torch
 from .core import config,plots,runs
-from .core.coco_subset import write_subset
+from .core.coco_subset import merge_files,write_subset
 from .core.augmentation import DetItems,collate,make_augment
 from .core.config import machine,schedule,take
 from .core.detection_data import DetData,open_data
@@ -52,7 +53,7 @@ def check(
     "One row a question: what, found, ok, fix."
     return machine_check.checks(backbone, online)
 
-# %% ../nbs/03_detr_dinov3.ipynb #9d811998
+# %% ../nbs/03_detr_dinov3.ipynb #ae2ca3bc
 @dataclass(kw_only=True)
 class DataAndModel(config.Config):
     "What a run of stage 03 is about."
@@ -80,7 +81,7 @@ class DataAndModel(config.Config):
     checkpoint_path:str = ""  # to start from: ours, a HF folder, a .ckpt
     heads:Literal["error", "remake"] = "error"  # other classes or queries
 
-# %% ../nbs/03_detr_dinov3.ipynb #b8e90f57
+# %% ../nbs/03_detr_dinov3.ipynb #bc7f4f83
 @dataclass(kw_only=True)
 class Config(DataAndModel):
     "What stage 03 needs to know; the defaults are the training plan's."
@@ -108,6 +109,7 @@ class Config(DataAndModel):
     cache_type:Literal["bf16", "int8", "fp8"] = "int8"
     report_to:Literal["trackio", "tensorboard", "none"] = machine("trackio")
     log_every:int = machine(20)  # steps
+    epoch_limit:float = machine(0.)  # minutes that are bearable; 0: any
     project:str = machine("crowdlens")  # of the dashboard
     space_id:str = machine("")  # a Hub Space for the dashboard; empty: local
     push_to:str = machine("")  # owner/name on the Hub for the best; private
@@ -180,7 +182,7 @@ def describe_data(train, val, cfg) -> list[dict]:
             "queries": int(over)})
     return rows
 
-# %% ../nbs/03_detr_dinov3.ipynb #7fbcb82a
+# %% ../nbs/03_detr_dinov3.ipynb #b082dcb1
 def make_model(
     cfg,
     names:list,  # class names, in label order
@@ -201,14 +203,14 @@ def numbers(
     except ValueError: raise InputError(f"{text!r} is no list of numbers",
         fix="write blocks=6,12,18,24") from None
 
-# %% ../nbs/03_detr_dinov3.ipynb #cab87947
+# %% ../nbs/03_detr_dinov3.ipynb #d5aa752f
 def from_checkpoint(
     cfg,
     names:list,  # class names wanted, in label order
     say=print,
 ):
     "The detector of a checkpoint, with this set's classes."
-    ck = checkpoints.open(cfg.checkpoint_path)
+    ck = checkpoints.open(cfg.checkpoint_path, "detector")
     if ck.model.config.model_type not in ("detr",
             "crowdlens_detr"): raise InputError(
         f"a {ck.model.config.model_type} cannot be trained here",
@@ -363,20 +365,44 @@ def probe(cfg, model, data, run, precision) -> dict:
     if run.main: write_json(path, out)
     return out
 
-# %% ../nbs/03_detr_dinov3.ipynb #42aa9e8f
-def forecast(cfg, found, train, val, model) -> dict:
-    "What the run will take, from the probe."
-    n = math.ceil(len(train)/cfg.batch_size)
-    secs = found["seconds_a_batch"]*len(train)/cfg.device_batch
-    size = sum(p.numel() for p in model.parameters())*4/1e9
-    state = sum(p.numel() for p in model.parameters() if p.requires_grad)*8/1e9
-    return {"steps": n*cfg.epochs, "images a second, training":
-        cfg.device_batch/found["seconds_a_batch"], "minutes an epoch, about":
-        (secs + secs*.4*len(val)/max(1, len(train)))/60,
+# %% ../nbs/03_detr_dinov3.ipynb #1864c6b6
+def forecast(cfg, found, train, val, model, what:str="this run") -> dict:
+    "What a run on these images takes, from the probe."
+    rate = cfg.device_batch/found["seconds_a_batch"]
+    secs = (len(train) + .4*len(val))/rate  # evaluation has no way back
+    cold = cfg.freeze_backbone and cfg.unfreeze_backbone_at_epoch < 0
+    size, new = (sum(p.numel() for p in model.parameters() if every or
+        p.requires_grad or not cold)*4/1e9 for every in (True, False))
+    over = np.maximum(train.counts() - cfg.num_queries, 0).sum()
+    return {"for": what, "images": len(train), "epochs": cfg.epochs,
+        "steps": math.ceil(len(train)/cfg.batch_size)*cfg.epochs,
+        "images a second, training": rate,
+        "minutes an epoch, about": secs/60,
         "peak memory of a GPU, GB": found["peak_gb"],
-        "disk for checkpoints, GB": size*(min(cfg.keep, cfg.epochs)+2)+state}
+        "disk for checkpoints, GB": 2*(size + new) + new*min(cfg.keep,
+            cfg.epochs), f"objects beyond {cfg.num_queries} queries":
+        int(over)}
 
-# %% ../nbs/03_detr_dinov3.ipynb #6b413ff1
+def forecasts(cfg, found, train, val, model) -> list[dict]:
+    "This run; of a pilot also what the plan's full run would take."
+    rows = [forecast(cfg, found, train, val, model)]
+    if cfg.data == "world" or not (cfg.train_limit or cfg.val_limit):
+        return rows
+    plan = Config(); full = replace(cfg, train_limit=0, val_limit=0,
+        epochs=plan.epochs, batch_size=math.lcm(plan.batch_size,
+                                                cfg.device_batch))
+    return rows + [forecast(full, found, *load(full), model, "all images")]
+
+def too_long(cfg, plan:list) -> str: # of `forecasts`
+    "What to do where an epoch of all images takes longer than bearable."
+    row = plan[-1]; m = row["minutes an epoch, about"]
+    if not cfg.epoch_limit or m <= cfg.epoch_limit: return ""
+    return (f"An epoch of {row['images']:,} images would take about {m:,.0f} "
+        f"minutes here, more than the {cfg.epoch_limit:g} that you set. "
+        "`crowdlens submit 03_detr_dinov3 -f full …` hands the run to a "
+        "larger machine.")
+
+# %% ../nbs/03_detr_dinov3.ipynb #de71f82e
 def train(cfg, run, data=None):
     "Train; gives model, data and figures."
     with main_first(): tr, va = load(cfg)
@@ -393,10 +419,11 @@ def train(cfg, run, data=None):
     if cfg.activation_checkpointing: model.activation_checkpointing_enable()
     found = probe(cfg, model, tr, run, kind)
     box = Letterbox(found["height"], found["width"])
-    plan = forecast(cfg, found, tr, va, model)
-    runs.room(run.folder, int(plan["disk for checkpoints, GB"]*1e9), "training")
-    run.log("it will take: " + ", ".join(f"{k} {v:.3g}" for k,v in
-                                         plan.items() if v is not None))
+    with main_first(): plan = forecasts(cfg, found, tr, va, model)
+    runs.room(run.folder, int(plan[0]["disk for checkpoints, GB"]*1e9),
+              "training")
+    for row in plan: run.log(f"{row['for']} will take: " + ", ".join(
+        f"{k} {v:.3g}" for k,v in row.items() if isinstance(v, (int, float))))
     pipe = make_augment(cfg.flip, cfg.affine, light=cfg.light)
     sets = DetItems(tr, box, pipe, cfg.seed), DetItems(va, box)
     trainer = None
@@ -490,13 +517,14 @@ def provenance(cfg, train, val) -> dict:
         cfg.checkpoint_path else "", started_from=cfg.checkpoint_path and
         name(cfg.checkpoint_path), commit=runs.commit() or "")
 
-# %% ../nbs/03_detr_dinov3.ipynb #7db216d3
+# %% ../nbs/03_detr_dinov3.ipynb #a32cfcd5
 def tensorboard(cfg, run) -> list:
     "A callback that writes for TensorBoard into the run's folder, if wanted."
     if cfg.report_to != "tensorboard" or not run.main: return []
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: raise InputError("TensorBoard is not installed",
-        fix="pip install tensorboard, or take report_to=trackio") from None
+        fix="pip install 'crowdlens[tensorboard]', or take report_to=trackio"
+        ) from None
     return [TensorBoardCallback(SummaryWriter(str(run.folder/"tensorboard")))]
 
 def tell_trackio(cfg, run, figs:dict):
@@ -586,6 +614,28 @@ def look(cfg, run) -> runs.Result:
         str(cfg.data)).cards(dict(detections=n)), ["detections"],
         products={k: v for k,v in got.items() if Path(v).exists()})
 
+# %% ../nbs/03_detr_dinov3.ipynb #69f7fe7d
+def merge_worst(
+    folder,  # of a run
+    fixed="",  # the corrected file; empty: the run's worst/annotations.json
+    out="",  # is written; empty: merged.json in the run's folder
+) -> dict:  # counts, and the parameters of a run on the corrected set
+    "The set that a run was judged on, with its worst images corrected."
+    folder = Path(folder); out = Path(out or folder/"merged.json")
+    fixed = fixed or folder/"worst"/"annotations.json"
+    for p in (folder/"config.json", Path(fixed)):
+        if not p.exists(): raise InputError("no such file", p,
+            fix="name the folder of a run of this stage")
+    cfg = Config(**read_json(folder/"config.json")["settings"])
+    if cfg.data != "world": cfg = replace(cfg, train_limit=0, val_limit=0)
+    val, src = load(cfg)[1], cfg.val_data or cfg.data
+    if src.endswith(".json"): whole = src  # as it is, with all its fields
+    else: whole = out.with_name("whole.json"); write_json(whole, val.coco())
+    n = merge_files(whole, fixed, out)
+    where = val.root if whole == src else Path(val.files[0]).parent
+    return dict(counts=n, parameters=dict(val_data=str(out),
+                                          images=str(where)))
+
 # %% ../nbs/03_detr_dinov3.ipynb #379ee59f
 LEAD = ("map", "map_50", "map/person", "map/head", "mar_500", "mr2", "ji")
 
@@ -637,7 +687,7 @@ def boxes_page(data:DetData, preds, rows, least:float=.3, names=()):
                  f"{k.sum()} found at {least}"]
     return plots.contact_sheet(pics, caps, 2, (340, 210))
 
-# %% ../nbs/03_detr_dinov3.ipynb #ced9851c
+# %% ../nbs/03_detr_dinov3.ipynb #74cbdac3
 def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
     "Curves, confusions, and the worst images as a table and as pictures."
     table = preds.table(gt, val.ids)
@@ -650,9 +700,9 @@ def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
         names)), "the worst four: left what is there, right what was found")
     page.say("The worst 16, pictures included, are a COCO set in `worst/`: "
         "correct it in any labelling tool and put it back with "
-        "`crowdlens.core.coco_subset.merge_files`.")
+        "`crowdlens.detr_dinov3.merge_worst`.")
 
-# %% ../nbs/03_detr_dinov3.ipynb #d5527d44
+# %% ../nbs/03_detr_dinov3.ipynb #893e78b9
 def report(cfg, run, figs, preds, val, model, box, plan=None, rows=()):
     "The page; gives it and the picture that stands for the run."
     names = [val.names[k] for k in val.ids]
@@ -662,7 +712,8 @@ def report(cfg, run, figs, preds, val, model, box, plan=None, rows=()):
         "weights: these figures show that the parts work together, and "
         "nothing about DINOv3.", "dim")
     if rows: page.heading("The data").table(rows)
-    if plan: page.heading("What a run takes").table([plan])
+    if plan: page.heading("What a run takes").table(plan)
+    if plan and (text := too_long(cfg, plan)): page.say(text, "bad")
     hist = runs.history(run.folder)
     if hist and cfg.mode == "train": page.heading("Training").picture(
         run.figure("curves", curves(hist)), "Loss and scores over the steps")

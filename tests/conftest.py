@@ -25,6 +25,20 @@ def _fresh_out(tmp_path, monkeypatch):
     monkeypatch.setenv("CROWDLENS_OUT", str(tmp_path / "out"))
 
 
+@pytest.fixture
+def trackio_dir(tmp_path, monkeypatch):
+    "Trackio writes into this folder."
+    import trackio.sqlite_storage as ts
+    import trackio.utils as tu
+
+    folder = tmp_path / "trackio"
+    monkeypatch.setenv("TRACKIO_DIR", str(folder))
+    for m in (ts, tu):
+        if hasattr(m, "TRACKIO_DIR"):
+            monkeypatch.setattr(m, "TRACKIO_DIR", folder)
+    return folder
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     report = (yield).get_result()

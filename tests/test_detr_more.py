@@ -279,8 +279,23 @@ def test_odd_pictures_ids_with_holes_and_upright_ones(out, tmp_path):
     n = merge_files(path, r.folder / "worst" / "annotations.json", tmp_path / "new.json")
     assert n == dict(images=6, kept=12, removed=0, added=0)
     assert json.loads((tmp_path / "new.json").read_text()) == doc
+    back = stage.merge_worst(r.folder)
+    assert back["counts"] == n and json.loads((r.folder / "merged.json").read_text()) == doc
+    again = stage.load(config(tmp_path, "odd", data=str(path), train_limit=0, val_limit=0, **back["parameters"]))[1]
+    assert again.files == stage.load(config(tmp_path, "odd", data=str(path), val_limit=0))[1].files
     tr, va = stage.load(config(tmp_path, "odd", data=str(path), train_limit=0, val_limit=0))
     assert [row["portrait"] for row in stage.describe_data(tr, va, config(tmp_path))] == [2, 2]
+
+
+def test_boxes_of_no_size_are_left_out_and_counted(tmp_path):
+    "No width, no height, below zero, outside the picture: said in the report, and nothing of them is learnt."
+    path, doc = coco_set(tmp_path / "set", [(80, 60)], [3, 17])
+    for k, box in enumerate([[5, 5, 0, 20], [5, 5, 20, 0], [5, 5, -3, 8], [200, 5, 20, 20]]):
+        doc["annotations"].append(dict(id=50 + k, image_id=100, category_id=3, bbox=box, area=9.0, iscrowd=0))
+    path.write_text(json.dumps(doc))
+    tr, va = stage.load(config(tmp_path, data=str(path)))
+    assert len(tr.boxes_xyxy) == 2 and tr.dropped == 4
+    assert stage.describe_data(tr, va, config(tmp_path))[0]["left out as faulty"] == 4
 
 
 def test_an_empty_split_is_named(tmp_path):
@@ -477,18 +492,11 @@ def test_no_mask_and_one_canvas(tmp_path):
     assert torch.equal(seen[0], x)
 
 
-def test_the_dashboard_keeps_settings_and_figures(out, tmp_path, monkeypatch):
+def test_the_dashboard_keeps_settings_and_figures(out, trackio_dir, monkeypatch):
     "The settings survive the Trainer's own start and end; figures bear a slash; nothing is sent anywhere."
     import socket
     import sqlite3
 
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    import trackio.sqlite_storage as ts
-    import trackio.utils as tu
-
-    for m in (ts, tu):
-        if hasattr(m, "TRACKIO_DIR"):
-            monkeypatch.setattr(m, "TRACKIO_DIR", tmp_path / "trackio")
     called, real = [], socket.socket.connect
 
     def connect(self, address):
@@ -500,7 +508,7 @@ def test_the_dashboard_keeps_settings_and_figures(out, tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", connect)
     stage.run(config(out, "shown", epochs=1, train_limit=2, report_to="trackio", project="tests"))
     assert not called
-    db = next((tmp_path / "trackio").glob("tests*.db"))
+    db = next(trackio_dir.glob("tests*.db"))
     with sqlite3.connect(db) as c:
         text = lambda sql: b" ".join(r[0] if isinstance(r[0], bytes) else r[0].encode() for r in c.execute(sql)).decode()
         metrics, settings = text("select metrics from metrics"), text("select config from configs")

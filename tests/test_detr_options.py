@@ -227,3 +227,44 @@ def test_the_stage_offers_the_options():
     assert torch.isfinite(m.train()(pixel_values=x, labels=lab).loss)
     with pytest.raises(InputError, match="no list of numbers"):
         stage.make_model(stage.Config(**small, blocks="1-2"), names)
+
+
+def test_other_classes_and_queries_of_a_two_stage_model():
+    "`heads=remake`: proposals are judged by the new classes too; what has the same name stays."
+    from crowdlens.models import checkpoints
+
+    m = make("all")
+    was = m.proposal_class.weight.detach().clone()
+    with pytest.raises(InputError, match="heads=remake"):
+        checkpoints.remake_heads(m, ["ball", "head", "person"])
+    m, fresh = checkpoints.remake_heads(m, ["ball", "head", "person"], 12, True)
+    assert fresh == ["ball", "3 queries"] and m.config.num_labels == 3
+    now = m.proposal_class.weight.detach()
+    assert now.shape[0] == 4 and torch.equal(now[[1, 2, 3]], was[[1, 0, 2]])
+    m = detr.arrange(m).train()
+    x, lab = batch()
+    lab[0]["class_labels"] = torch.tensor([2, 0, 1])
+    out = m(x, labels=lab)
+    assert out.logits.shape == (2, 12, 4) and out.loss.isfinite()
+    out.loss.backward()
+    assert m.proposal_class.weight.grad.abs().sum(1).all()
+
+
+def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
+    "Without it the message says how to get it; settings.ini lists it."
+    import configparser
+    import sys
+    import types
+    from pathlib import Path
+
+    from crowdlens import detr_dinov3 as stage
+
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(Path(__file__).resolve().parents[1] / "settings.ini")
+    assert ini["DEFAULT"]["tensorboard"].startswith("tensorboard>=")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    cfg = stage.Config(data="world", report_to="tensorboard")
+    run = types.SimpleNamespace(main=True, folder=tmp_path)
+    with pytest.raises(InputError, match=r"crowdlens\[tensorboard\]"):
+        stage.tensorboard(cfg, run)
+    assert stage.tensorboard(stage.Config(data="world"), run) == []

@@ -207,3 +207,28 @@ def test_no_objects_at_all_and_more_than_queries(tmp_path):
     assert "no image has an object" in (r.folder / "log.txt").read_text()
     few = trained(toy_config(tmp_path, num_queries=3, name="few"))
     assert "cannot be learnt or found" in (few.folder / "log.txt").read_text()
+
+
+def test_the_pilot_on_real_pictures(shared, tmp_path, trackio_dir):
+    "The profile `pilot` on people and heads: checkpoint, figures, report, dashboard, and what the full run takes."
+    from crowdlens import detr_dinov3 as stage
+    from crowdlens.core import runs
+    from crowdlens.models import checkpoints
+
+    pairs = ("backbone=tiny", "height=128", "width=208", "d_model=32", "encoder_layers=1", "decoder_layers=2", "workers=0",
+             "train_limit=4", "epoch_limit=0.0001", f"data={shared / 'realdata' / 'person_head_coco'}")
+    cfg = stage.Config(**runs.settings(stage.STAGE, stage.Config, "pilot", pairs, out=str(tmp_path)))
+    assert (cfg.epochs, cfg.num_queries, cfg.report_to) == (1, 300, "trackio")
+    r = stage.run(cfg)
+    got = {p.name for p in r.folder.iterdir()}
+    assert {"metrics.json", "report.html", "config.json", "results.json", "log.txt", "worst"} <= got
+    checkpoints.open(r.folder / "checkpoints" / "best")
+    assert {"map", "map/person", "map/head", "mar_500", "mr2", "ji"} <= set(json.loads((r.folder / "metrics.json").read_text()))
+    log = (r.folder / "log.txt").read_text()
+    assert "this run will take: images 4, epochs 1, steps 2" in log
+    assert "all images will take: images 6, epochs 10, steps 10" in log and "objects beyond 300 queries 0" in log
+    page = (r.folder / "report.html").read_text()
+    for words in ("images a second, training", "minutes an epoch", "peak memory", "disk for checkpoints", "all images", "An epoch of 6 images",
+                  "crowdlens submit"):
+        assert words in page
+    assert list(trackio_dir.glob("crowdlens*.db"))

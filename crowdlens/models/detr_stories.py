@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['EYE', 'scenes', 'targets', 'pixels', 'score', 'small_detr', 'library_start', 'overfit', 'committed', 'close_ups',
-           'cells', 'first_train', 'frozen_maps', 'mirrored', 'head_on', 'learn', 'compare_eyes', 'plot_eyes',
-           'on_patches', 'patch_picture']
+           'patches', 'first_train', 'frozen_maps', 'mirrored', 'head_on', 'learn', 'compare_eyes', 'plot_eyes', 'ship',
+           'shipped', 'feature_colors', 'look_inside', 'on_patches', 'patch_picture']
 
-# %% ../../nbs/models/detr_stories.ipynb #32582a4f
+# %% ../../nbs/models/detr_stories.ipynb #8870c87a
 import time
+from pathlib import Path
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch import nn
+from transformers import DetrForObjectDetection
+from transformers.utils import logging
 from ..core import plots
 from ..core.detection_data import DetData
 from ..core.letterbox import MEAN,STD,Letterbox,letterbox,place
 from ..core.runs import assets
-from ..core.worldfiles import pick_frames
+from ..core.world import World
+from ..core.worldfiles import labelled,pick_frames
 from ..metrics.detection import evaluate
-from .detr import build,random_backbone,seeded
+from .detr import arrange,build,random_backbone,seeded
 from .detr_beyond import build_beyond
 from .detr_training import Predictions,ground_truth
 from .feature_cache import pack,take_maps,unpack
@@ -51,7 +55,7 @@ def scenes(seeds, # of the worlds
         box, np.concatenate(cats).astype(np.int64), np.zeros(len(box), bool),
         {0: "person", 1: "head"}, (box[:, 2:]-box[:, :2]).prod(1))
 
-# %% ../../nbs/models/detr_stories.ipynb #0067511e
+# %% ../../nbs/models/detr_stories.ipynb #3108c624
 def targets(data:DetData, size=(192, 128)) -> list[dict]:
     "Labels as the model takes them."
     out = []
@@ -128,19 +132,22 @@ def committed() -> dict:
     from crowdlens.core.files import read_json
     return read_json(assets()/"data"/"detr_stories.json")
 
-# %% ../../nbs/models/detr_stories.ipynb #80221a85
+# %% ../../nbs/models/detr_stories.ipynb #20e54621
 def close_ups(
     seeds,  # of the worlds
     n:int=8,  # frames of each
     side:int=64,  # of a picture, pixels
-    crops:int=3,  # windows of a frame
-    zoom=(.8, 1.3),  # least and greatest width over the person's height
+    crops:int=5,  # windows tried in a frame
+    zoom=(1.15, 1.7),  # least and greatest width over the person's height
 ): # (N,side,side,3) uint8, and a `DetData` of their boxes
     "Windows that show one or two people."
     pics, rows = [], []
     for s in seeds:
         rng = np.random.default_rng([s, 78])
-        for _,im,b,l in pick_frames("court", s, n, (3, 10), gap=4):
+        w = World("court", seed=s, people=int(rng.integers(3, 9)),
+                  size=(480, 288))
+        for im,truth in w.frames(12*n, 12):
+            b, l = labelled(truth)
             for _ in range(crops):
                 got = _window(rng, im, b, l, zoom)
                 if got is None: continue
@@ -157,65 +164,73 @@ def close_ups(
         (box[:, 2:]-box[:, :2]).prod(1))
 
 def _window(rng, im, b, l, zoom):
-    "A square around somebody, its boxes and labels; None: not 1 or 2 people."
-    at = b[rng.choice(np.flatnonzero(l == 0))] if (l == 0).any() else b[0]
+    "A square around somebody, its boxes and labels; None: it will not do."
+    people = np.flatnonzero(l == 0)
+    if not len(people): return None
+    at = b[rng.choice(people)]
     w = int(np.clip((at[3]-at[1])*rng.uniform(*zoom), 24,
                     min(im.shape[:2])-1))
     c = (at[:2]+at[2:])/2 + rng.uniform(-.2, .2, 2)*w
     x, y = np.clip(c - w/2, 0, np.array(im.shape[1::-1])-w-1).astype(int)
     q = np.clip(b - [x, y, x, y], 0, w)
-    k = (q[:, 2:]-q[:, :2]).prod(1) >= .5*(b[:, 2:]-b[:, :2]).prod(1)
-    if not 1 <= (l[k] == 0).sum() <= 2: return None
+    share = (q[:, 2:]-q[:, :2]).prod(1)/(b[:, 2:]-b[:, :2]).prod(1)
+    k = share >= .6
+    if (~k & (share > .1)).any() or not 1 <= (l[k] == 0).sum() <= 2:
+        return None
     return im[y:y+w, x:x+w], q[k], l[k]
 
-# %% ../../nbs/models/detr_stories.ipynb #d219bce1
+# %% ../../nbs/models/detr_stories.ipynb #d4d8bf3b
 EYE = dict(model_type="dinov3_vit", hidden_size=128, patch_size=8,
     intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
     num_register_tokens=4)
 
-def cells(
+def patches(
     boxes_cxcywh_rel,  # (m,4)
     labels,  # (m,) 0 person, 1 head
-    n:int=32,  # cells a side
-): # (n,n) int64
-    "0 nothing, 1 person, 2 head at the centre of each cell."
+    n:int=8,  # patches a side
+): # (n,n) int64: 0 nothing, 1 person, 2 head; (4,n,n) float32: its box
+    "What lies at the centre of each patch; heads on top of people."
     at = (torch.arange(n) + .5)/n
-    out = torch.zeros(n, n, dtype=torch.long)
+    kind, box = torch.zeros(n, n, dtype=torch.long), torch.zeros(4, n, n)
     for k in (0, 1):
-        for cx,cy,w,h in boxes_cxcywh_rel[labels == k]:
-            out[((at-cy).abs() < h/2)[:, None] & ((at-cx).abs() < w/2)] = k+1
-    return out
+        for b in boxes_cxcywh_rel[labels == k]:
+            cx, cy, w, h = b
+            on = ((at-cy).abs() < h/2)[:, None] & ((at-cx).abs() < w/2)
+            on[min(n-1, int(cy*n)), min(n-1, int(cx*n))] = True
+            kind[on], box[:, on] = k+1, b[:, None]
+    return kind, box
 
-# %% ../../nbs/models/detr_stories.ipynb #9ec07714
+# %% ../../nbs/models/detr_stories.ipynb #f44cb486
 def first_train(
     x, lab,  # (N,3,64,64), targets
     steps:int,  # 0: random weights
     seed:int=0,
-    cell:int=2,  # pixels; 8: a patch has one name
-    weights=(.5, 1., 2.),  # of nothing, person, head
     batch:int=32,
+    lr:float=2e-3,  # at its highest
 ):
-    "The tiny ViT after so many steps of naming cells."
-    eye, k = random_backbone(EYE, seed), 8//cell
-    if not steps: return eye.eval()
-    want = torch.stack([cells(t["boxes"], t["class_labels"], 64//cell)
-                        for t in lab])
-    with seeded(seed): top = nn.Sequential(nn.Conv2d(128, 3*k*k, 1),
-                                           nn.PixelShuffle(k))
-    opt = torch.optim.AdamW([*eye.parameters(), *top.parameters()], 1e-3,
+    "The tiny ViT after so many steps of naming patches."
+    eye = random_backbone(EYE, seed).eval()
+    if not steps: return eye
+    kinds, boxes = (torch.stack(v) for v in zip(*(patches(
+        t["boxes"], t["class_labels"]) for t in lab)))
+    with seeded(seed): top = nn.Conv2d(128, 7, 1)
+    opt = torch.optim.AdamW([*eye.parameters(), *top.parameters()], lr,
                             fused=True)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
-    rng, w = np.random.default_rng(seed), torch.tensor(weights)
-    with seeded(seed):
-        for _ in range(steps):
-            i = torch.from_numpy(rng.integers(0, len(x), batch))
-            px, y = x[i], want[i]
-            if rng.random() < .5: px, y = px.flip(-1), y.flip(-1)
-            loss = F.cross_entropy(top(eye.train()(px).feature_maps[0]), y, w)
-            opt.zero_grad(); loss.backward(); opt.step(); fall.step()
-    return eye.eval()
+    fall = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=.1)
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        i = torch.from_numpy(rng.integers(0, len(x), batch))
+        px, k, b = x[i], kinds[i], boxes[i]
+        if rng.random() < .5:
+            px, k, b = px.flip(-1), k.flip(-1), b.flip(-1)
+            b[:, 0] = 1 - b[:, 0]
+        y, on = top(eye(px).feature_maps[0]), (k > 0)[:, None]
+        far = ((y[:, 3:].sigmoid() - b).abs()*on).sum()/on.sum()
+        loss = F.cross_entropy(y[:, :3], k) + 5*far
+        opt.zero_grad(); loss.backward(); opt.step(); fall.step()
+    return eye
 
-# %% ../../nbs/models/detr_stories.ipynb #e250f010
+# %% ../../nbs/models/detr_stories.ipynb #97fa6dbc
 def frozen_maps(
     model,  # of `head_on`
     x,  # (N,3,H,W) pixels
@@ -225,7 +240,7 @@ def frozen_maps(
     with torch.inference_mode():
         both = [torch.cat([model.model.backbone.maps(p)[-1] for p in
                            v.split(64)]) for v in (x, x.flip(-1))]
-    if kind: both = [torch.stack([unpack(pack(f, kind), f.shape)
+    if kind: both = [torch.stack([unpack(pack(f, kind), f.shape, kind)
                                   for f in m]) for m in both]
     return [m.clone() for m in both]
 
@@ -283,23 +298,23 @@ def learn(
             got[k], 4) for k in ("map", "map_50", "map/person", "map/head")}))
     return rows
 
-# %% ../../nbs/models/detr_stories.ipynb #9796ad58
+# %% ../../nbs/models/detr_stories.ipynb #535fd21a
 def compare_eyes(
-    worlds:int=125,
-    crops:int=3,  # windows of a frame
-    zoom=(.8, 1.3),  # of the windows
-    steps:int=450,  # of the first training
-    epochs:int=16,
+    worlds:int=80,  # to learn from
+    steps:int=500,  # of the first training
+    epochs:int=9,
     seed:int=0,
-    **how,  # cell, weights: see `first_train`
+    every:int=3,  # epochs between scores
+    eye=None,  # one that has learnt already
 ) -> dict:  # "trained", "random" -> scores, see `learn`
     "The same head on both backbones."
-    pics, truth = close_ups(range(worlds), crops=crops, zoom=zoom)
+    pics, truth = close_ups(range(worlds))
     x, lab = pixels(pics), targets(truth, (64, 64))
-    see, held = close_ups(range(10_000, 10_020), 4, crops=3, zoom=zoom)
-    return {n: learn(first_train(x, lab, k, seed, **how), (x, lab),
-        (pixels(see), held), epochs, seed) for n,k in (("trained", steps),
-                                                       ("random", 0))}
+    see, held = close_ups(range(10_000, 10_020), 4)
+    eyes = dict(trained=eye or first_train(x, lab, steps, seed),
+                random=first_train(x, lab, 0, seed))
+    return {n: learn(e, (x, lab), (pixels(see), held), epochs, seed,
+                     every=every) for n,e in eyes.items()}
 
 def plot_eyes(
     rows:dict,  # of `compare_eyes`
@@ -311,6 +326,66 @@ def plot_eyes(
         ms=4, label=f"frozen, {'first trained' if n == 'trained' else n}")
     ax.set(xlabel="epoch", ylabel="mAP50, held-out pictures", ylim=(0, None))
     ax.legend(); return fig
+
+# %% ../../nbs/models/detr_stories.ipynb #fec43a8e
+def ship(
+    model,  # of `head_on`
+    folder,
+):
+    "Keep a net in half precision, as Hugging Face does."
+    model.half().save_pretrained(folder); model.float()
+    (Path(folder)/"model.safetensors").chmod(0o644)
+
+def shipped(folder="", # empty: data/tiny/story
+            attention:bool=False):  # whether it can say where it looks
+    "The small net of this page, frozen."
+    how = dict(attn_implementation="eager") if attention else {}
+    bar = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
+    try: net = DetrForObjectDetection.from_pretrained(folder or assets()/
+        "data"/"tiny"/"story", dtype=torch.float32, **how)
+    finally: bar and logging.enable_progress_bar()
+    return arrange(net).eval()
+
+# %% ../../nbs/models/detr_stories.ipynb #469f405a
+def feature_colors(
+    maps,  # (C,h,w) of a backbone
+): # (h,w,3) uint8
+    "The three directions in which patches differ most, as red, green, blue."
+    c, h, w = maps.shape
+    v = maps.float().flatten(1).T; v = v - v.mean(0)
+    p = (v@torch.linalg.svd(v, full_matrices=False)[2][:3].T).numpy()
+    lo, hi = np.quantile(p, [.02, .98], 0)
+    rgb = ((p-lo)/np.maximum(hi-lo, 1e-9)).clip(0, 1)*255
+    return rgb.astype(np.uint8).reshape(h, w, 3)
+
+@torch.no_grad()
+def look_inside(
+    net,  # of `shipped(attention=True)`
+    pics,  # (n,64,64,3) uint8
+    data:DetData,  # what is on them
+    side:int=150,  # of a picture, pixels
+) -> list:  # pictures, row after row
+    "Each picture, its features, and where the best query of each class looked."
+    x = pixels(pics); out = net(x, output_attentions=True)
+    maps = net.model.backbone.maps(x)[-1]
+    prob = out.logits.softmax(-1)[..., :-1]
+    look = out.cross_attentions[-1].mean(1)
+    def big(p, how=cv2.INTER_CUBIC): return cv2.resize(p, (side, side),
+                                                       interpolation=how)
+    rows = []
+    for i,p in enumerate(pics):
+        b, l = data.objects(i)
+        rows += [plots.draw_boxes(big(p), b*side/64, l, ("person", "head")),
+                 big(feature_colors(maps[i]), cv2.INTER_NEAREST)]
+        for k in (0, 1):
+            q = int(prob[i, :, k].argmax()); box = out.pred_boxes[i, q]
+            a = look[i, q].reshape(8, 8).numpy()
+            a = big((a/a.max()).astype(np.float32), cv2.INTER_LINEAR)
+            hot = (big(p)*(.4 + .6*a.clip(0, 1)[..., None])).astype(np.uint8)
+            c = (box*side).numpy(); c = np.r_[c[:2]-c[2:]/2, c[:2]+c[2:]/2]
+            rows.append(plots.draw_boxes(hot, c[None], [k], ("person",
+                                                             "head")))
+    return rows
 
 # %% ../../nbs/models/detr_stories.ipynb #54662985
 def on_patches(
