@@ -17,6 +17,7 @@ from crowdlens.core.mot import read_mot
 from crowdlens.core.runs import load_result
 from crowdlens.models.motrv2 import SMALL, MOTRv2, once
 from crowdlens.models.track_steps import detections
+from crowdlens.core.frames import write_picture
 from crowdlens.core.track_data import open_sequence
 
 TOP = Path(__file__).resolve().parents[1]
@@ -145,3 +146,82 @@ def test_simulated_detectors_on_real_truth(shared, style):
     s = np.concatenate([v[:, 4] for v in db.values()])
     assert len(db) == 20 and len(s) > 100
     assert s.max() <= dict(yolox=1, dfine=.67, shifted=.301)[style]
+
+
+def pictures(top, sizes, first=1, skip=()):
+    "A sequence of plain pictures, its frames of these (h, w)."
+    for i, size in enumerate(sizes, first):
+        if i not in skip:
+            write_picture(top / f"img1/{i:08d}.jpg", np.full((*size, 3), 90, np.uint8))
+    return top
+
+
+@pytest.mark.parametrize("first,skip,why", [(1, (4,), "frame 4 is missing"), (0, (), "begin at 0"), (2, (), "missing")])
+def test_frames_missing_in_the_middle_or_counted_otherwise(tmp_path, first, skip, why):
+    pictures(tmp_path / "s", [(32, 48)] * 6, first, skip)
+    with pytest.raises(InputError, match=why) as e:
+        S.run(S.Config(mode="predict", data=str(tmp_path / "s"), detector="det.txt", name="f"))
+    assert "img1" in str(e.value)
+
+
+def test_frames_of_changing_size_strange_boxes_and_keys(tmp_path):
+    "Followed and filmed; what lies outside of the picture, and the key of no frame, are named in the report."
+    pictures(tmp_path / "s", [(96, 160)] * 3 + [(120, 200)] * 3)
+    db = {f"s/img1/{i:08d}.txt": np.array([[10., 10, 20, 40, .9], [500, 10, 20, 40, .9]]) for i in range(1, 7)}
+    db["s/img1/00000009.txt"] = np.empty((0, 5))
+    write_det_db(tmp_path / "db.json", db)
+    res = S.run(S.Config(mode="predict", data=str(tmp_path / "s"), det_db=str(tmp_path / "db.json"), name="f"))
+    page, log = (res.folder / "report.html").read_text(), (res.folder / "log.txt").read_text()
+    for text in (page, log):
+        assert "keys without a picture" in text and "00000009" in text and "boxes outside the picture" in text
+    assert (res.folder / "films/s.mp4").stat().st_size > 500
+
+
+def test_frames_of_two_sizes_in_a_clip_are_refused(tmp_path):
+    from crowdlens.models.motrv2_clips import Sequence
+    from crowdlens.models.motrv2_training import ClipSet
+    top = pictures(tmp_path / "s", [(96, 160)] * 3 + [(120, 200)] * 3)
+    gt = {i: (np.array([[10., 10, 30, 50]]), np.array([1])) for i in range(1, 7)}
+    seq = Sequence(sorted((top / "img1").iterdir()), {i: np.empty((0, 5)) for i in gt}, gt, "s")
+    clips = ClipSet([seq], 5, 1, False, .12)
+    with pytest.raises(InputError, match="differ in size"):
+        for i in range(len(clips)):
+            clips.clip(0, i)
+
+
+def test_without_bytetrack_the_report_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackers", None)
+    pictures(tmp_path / "s", [(96, 160)] * 4)
+    write_det_db(tmp_path / "db.json", {f"s/img1/{i:08d}.txt": np.empty((0, 5)) for i in range(1, 5)})
+    res = S.run(S.Config(mode="predict", data=str(tmp_path / "s"), det_db=str(tmp_path / "db.json"), name="n", films=0))
+    assert "pip install --no-deps trackers" in (res.folder / "report.html").read_text()
+    assert [p.name for p in (res.folder / "tracks").iterdir()] == ["original"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    "A small published file: random weights, their arguments beside them."
+    import argparse
+    torch.manual_seed(0)
+    p = tmp_path_factory.mktemp("pth") / "checkpoint.pth"
+    m = MOTRv2(SMALL)
+    torch.nn.init.constant_(m.class_embed[-1].bias, .3)
+    torch.save(dict(model=m.state_dict(), args=argparse.Namespace(lr=1), epoch=4), p)
+    return p
+
+
+def test_evaluate_and_predict_from_a_shell(small, tmp_path, capsys):
+    from crowdlens import cli
+    from crowdlens.core.world import World
+    from crowdlens.core.worldfiles import write_world_film
+    assert cli.kind_of(small) == "tracker"
+    cli.app(["evaluate", "world", "-w", str(small), "-p", "test_sequences=1", "-p", "frames=6", "-p", "films=0",
+             "--out", str(tmp_path)], standalone_mode=False)
+    assert "HOTA" in capsys.readouterr().out
+    res = load_result(tmp_path / S.STAGE / "evaluate")
+    assert res.metrics["GT_Dets"] > 0 and res.metrics["original/HOTA"] is not None
+    write_world_film(tmp_path / "film.mp4", World("court", seed=20_000, people=4, size=(320, 192), fps=10), 12)
+    cli.app(["predict", str(tmp_path / "film.mp4"), "-w", str(small), "-p", "actions=none", "--out", str(tmp_path)],
+            standalone_mode=False)
+    top = tmp_path / "07_who_does_what/predict"
+    assert {r.split(",")[0] for r in (top / "tracks.txt").read_text().splitlines()} <= {str(i) for i in range(1, 13)}

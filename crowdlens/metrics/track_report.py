@@ -124,7 +124,7 @@ def total_stability(
             float(np.mean(v)))
     return {k: join(k) for k in each[0]}
 
-# %% ../../nbs/metrics/track_report.ipynb #c3777d60
+# %% ../../nbs/metrics/track_report.ipynb #d8390f6d
 def loss_picture(
     logs:dict,  # tag -> losses
 ):
@@ -136,7 +136,8 @@ def loss_picture(
             ax.plot(v, color=c, alpha=.25, lw=.7)
             ax.plot(np.arange(k-1, len(v)), np.convolve(v, np.ones(k)/k,
                 "valid"), color=c, label=n)
-        ax.set(xlabel="clip", ylabel="loss"); ax.legend()
+        ax.set(xlabel="clip", ylabel="loss")
+        ax.legend(fontsize=7, ncols=2, loc="upper right")
     return fig
 
 # %% ../../nbs/metrics/track_report.ipynb #48832f5b
