@@ -286,6 +286,27 @@ def test_each_image_once_over_processes(tmp_path):
     assert last.asked + len(lines) == 7 and len(got) == 8
 
 
+def test_the_command_looks_at_a_picture_a_folder_and_a_film(tmp_path, monkeypatch, capsys):
+    "With the network that ships; and judges it."
+    from crowdlens import cli
+    from crowdlens.core.frames import read_frames, write_film
+    from crowdlens.dfine_fisheye import camera_set
+    monkeypatch.setenv("CROWDLENS_OUT", str(tmp_path))
+    files = camera_set(tmp_path / "set", n=(4, 4, 4), size=(320, 192), gap=2)
+    pics = sorted((tmp_path / "set" / "val").iterdir())
+    write_film(tmp_path / "f.mp4", map(read_image, pics), 5)
+    net = str(ROOT / "data" / "tiny" / "street")
+    for name, src, n in (("one", pics[0], 1), ("all", pics[0].parent, 4), ("film", tmp_path / "f.mp4", 4)):
+        cli.app(["predict", str(src), "-w", net, "--name", name], standalone_mode=False)
+        top, = tmp_path.glob(f"*/{name}")
+        assert len(read_json(top / "images.json")["images"]) == n and (top / "report.html").exists()
+        rows = read_json(top / "results.json")
+        assert {r["image_id"] for r in rows} == set(range(1, n + 1))
+    assert len(list(read_frames(top / "film.mp4"))) == 4
+    cli.app(["evaluate", str(files["val"]), "-w", net, "--name", "judged"], standalone_mode=False)
+    assert "map_50" in capsys.readouterr().out
+
+
 def test_fisheye_people_through_inference(shared, tmp_path):
     from crowdlens.models.detect_files import predict
     top = shared / "realdata" / "cepdof_fisheye_people"

@@ -173,7 +173,8 @@ def _folder(path, images, ims):
     if not ims: return here
     first = ims[0]["file_name"]
     tops = [here, here/"images", here.parent, here.parent/"images"]
-    for t in tops + [here.parent/Path(path).stem.removeprefix("instances_")]:
+    name = Path(path).stem.removeprefix("instances_")
+    for t in tops + [here/name, here.parent/name]:
         if (t/first).is_file(): return t
     raise InputError(f"picture {first!r} is not beside this file", path,
                      fix="name the folder of the pictures: images=…")

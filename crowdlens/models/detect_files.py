@@ -149,7 +149,7 @@ def coco_of(
     return dict(images=images, annotations=[],
                 categories=labels.categories()), results
 
-# %% ../../nbs/models/detect_files.ipynb #0064e92b
+# %% ../../nbs/models/detect_files.ipynb #b70e15d7
 def predict(
     detector,  # a Detector
     source,  # a picture, folder or film
@@ -175,7 +175,8 @@ def predict(
     if _mine()[0]: return got
     want = dict(submission=submission, thresholds=thresholds, det_db=det_db,
                 classes=classes, det_score=det_score)
-    return got | _outputs(got, detector.labels, folder, least, **want)
+    got |= _outputs(got, detector.labels, folder, least, **want)
+    return {k: v for k, v in got.items() if isinstance(v, Path)}
 
 # %% ../../nbs/models/detect_files.ipynb #4d11a49e
 def _pictures(detector, p, folder, batch, least, most):
