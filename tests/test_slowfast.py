@@ -1,22 +1,24 @@
-"""SlowFast: what its notebooks do not show. Files, broken files, ranks, resuming."""
+"""SlowFast: what its notebooks do not show. Files, broken files, settings."""
 import io
+import json
 import pickle
-import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from crowdlens import slowfast_finetune as stage
 from crowdlens.core.files import InputError
 from crowdlens.models import action_training as training
 from crowdlens.models import slowfast as sf
 from crowdlens.models.action_loss import Group, action_loss
+from crowdlens.models.action_yaml import from_alphaction_yaml
 from crowdlens.models.memory_pool import MemoryPool
 from crowdlens.models.slowfast_pathways import SplitConv
 
@@ -219,21 +221,64 @@ def test_the_loss_of_parts_adds_up(seed, a, b):
     assert torch.allclose(whole, parts, rtol=1e-5)
 
 
-def test_two_ranks_learn_what_one_does(tmp_path):
-    "The same step shared by two processes: loss, weights and memory."
-    got = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(Path(__file__).parent / "slowfast_ranks.py"), str(tmp_path / "two.pt")],
-        capture_output=True, text=True, timeout=600)
-    assert got.returncode == 0, got.stderr[-3000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    t = training.Trainer(small(), training.Recipe(lr=.05, warmup=2, max_iter=9, steps=(7,)), shake=False)
-    for k in range(3):
-        last = t.step([clip(2 * k), clip(2 * k + 1, 3)])
-    assert two["total_loss"] == pytest.approx(last["total_loss"], rel=1e-4)
-    assert two["accuracy_posture"] == pytest.approx(last["accuracy_posture"], abs=1e-5)
-    for k, v in t.model.state_dict().items():
-        assert torch.allclose(v, two["model"][k], atol=1e-5), k
-    assert two["seconds"] == sorted(s for _, s in t.pool.entries)
-    want = t.pool.get("film", 5)[0]
-    assert torch.allclose(two["fifth"], want, atol=1e-4)
+def test_an_empty_file_is_told_so(tmp_path):
+    for name in ("w.pth", "w.pt", "w.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(InputError, match="not readable") as e:
+            sf.load(tmp_path / name, SMALL, "", groups=GROUPS)
+        assert name in str(e.value)
+    model = small(None)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "crowdlens.json").write_text(json.dumps(dict(kind="actions", config=model.config.to_dict())))
+    save_file(model.state_dict(), folder / "model.safetensors")
+    assert sf.load_folder(folder).loaded.whole
+    raw = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(raw[:len(raw) // 2])
+    with pytest.raises(InputError, match="not readable"):
+        sf.load_folder(folder)
+
+
+def test_a_loss_that_is_no_number_keeps_its_batch(tmp_path):
+    t = training.Trainer(small(), training.Recipe(lr=.05, warmup=0, max_iter=9), shake=False, keep=tmp_path)
+    before = {k: v.clone() for k, v in t.model.state_dict().items()}
+    bad = clip(1)
+    bad["fast"] = bad["fast"] * float("nan")
+    with pytest.raises(InputError, match="loss of step 0 is nan; its key frames: film 1"):
+        t.step([bad])
+    kept = torch.load(tmp_path / "bad_batch_0.pt", weights_only=True)
+    assert torch.isnan(kept["fast"]).all() and kept["keys"] == [("film", 1)]
+    assert all(torch.equal(v, before[k]) for k, v in t.model.state_dict().items())
+
+
+def test_a_group_may_be_empty():
+    groups = (GROUPS[0], Group("nothing", 0, False, 0.0), GROUPS[1])
+    t = training.Trainer(small(None, groups), training.Recipe(lr=.05, warmup=0, max_iter=9), shake=False)
+    got = t.step([clip(1)])
+    assert got["loss_nothing"] == 0 and np.isfinite(got["total_loss"])
+
+
+@pytest.mark.parametrize("name", ["resnet50_4x16f_baseline", "resnet50_4x16f_denseserial", "resnet50_4x16f_serial",
+                                  "resnet50_4x16f_parallel", "resnet101_8x8f_baseline", "resnet101_8x8f_denseserial"])
+def test_released_settings_are_read(shared, tmp_path, name):
+    "A file in the published dialect for each released configuration, and its network."
+    flat = json.loads((shared / "golden/slowfast/configs.json").read_text())["configs"][name]
+    tree = {}
+    for key, v in flat.items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = str(tuple(v)) if isinstance(v, list) and "BLOCK" not in key else v
+    (tmp_path / "c.yaml").write_text(json.dumps(tree))  # JSON is YAML
+    got = from_alphaction_yaml(tmp_path / "c.yaml")
+    deep, ia = "101" in name, name.split("_")[-1].replace("baseline", "").replace("denseserial", "dense")
+    assert got.get("arch", "r50_4x16") == ("r101_8x8" if deep else "r50_4x16") and got.get("ia", "") == ia
+    assert (got["max_iter"], got["steps"]) == ((110_000, [70_000, 90_000]) if ia else (90_000, [50_000, 70_000]))
+    cfg = stage.Config(**{k: v for k, v in got.items()} | dict(data="x"))
+    r = stage.recipe_of(cfg)
+    assert (r.lr, r.ia_lr, r.warmup, r.clips) == (4e-4, 10 if ia else 1, 2000, 16)
+    with pytest.raises(InputError, match="did you mean 'MODEL.ROI_ACTION_HEAD.NUM_CLASSES'"):
+        from_alphaction_yaml(tmp_path / "c.yaml", ["MODEL.ROI_ACTION_HEAD.NUM_CLASS", "3"])
+    with pytest.raises(InputError, match="should be like"):
+        from_alphaction_yaml(tmp_path / "c.yaml", ["SOLVER.MAX_ITER", "long"])
