@@ -79,6 +79,22 @@ def test_a_run_does_not_go_on_from_half_a_checkpoint(tmp_path, file):
             run.resume()
 
 
+def test_a_clip_whose_loss_is_no_number_is_kept(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from crowdlens.models import motrv2, motrv2_loss
+    from crowdlens.models import motrv2_training as mt
+    bad = SimpleNamespace(total=torch.tensor(float("nan")), samples=2.)
+    monkeypatch.setattr(mt, "clip_loss", lambda *a, **k: bad)
+    box = np.float32([[.5, .5, .1, .2]])
+    clip = motrv2_loss.Clip([np.zeros((64, 96, 3), np.uint8)], [np.c_[box, [[.9]]]], [box], [np.array([0])])
+    clips = type("One", (), dict(__len__=lambda s: 1, clip=lambda s, e, i: clip))()
+    with pytest.raises(InputError, match="the loss of clip 1 is nan") as e:
+        mt.tune(motrv2.MOTRv2(motrv2.SMALL), clips, 1, keep=tmp_path / "tuning")
+    kept = torch.load(e.value.path, weights_only=True)
+    assert kept["frames"][0].shape == (64, 96, 3) and kept["ids"][0].tolist() == [0] and len(kept["proposals"]) == 1
+
+
 def film(path, n=40, size=(64, 96)):
     "A film that has lost its second half; its frames that are left."
     from crowdlens.core.frames import read_frames

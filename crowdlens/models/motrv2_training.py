@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FROZEN', 'SLOW', 'choose', 'ClipSet', 'Tuner', 'held_bytes', 'moved', 'tune', 'save_published']
 
-# %% ../../nbs/models/motrv2_training.ipynb #60bc5167
+# %% ../../nbs/models/motrv2_training.ipynb #6c698472
 from dataclasses import asdict,dataclass
+from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -66,7 +67,7 @@ class ClipSet:
         return draw_clip(s, t, self.length, rng, self.interval, self.change,
                          self.scale)
 
-# %% ../../nbs/models/motrv2_training.ipynb #c0539975
+# %% ../../nbs/models/motrv2_training.ipynb #5371ba3f
 class Tuner:
     "A model and its optimiser, which can be put away and back."
     def __init__(self,
@@ -77,6 +78,7 @@ class Tuner:
         max_norm:float=.1,  # of the gradient
         accumulate:int=1,  # clips a step
         noise:float=0.,  # of denoised boxes; the published training: 0.05
+        keep="",  # folder for a clip whose loss is no number
     ):
         self.model, self.embed_only = model, embed_only
         groups = choose(model, embed_only)
@@ -84,6 +86,7 @@ class Tuner:
             groups], lr, weight_decay=weight_decay)
         self.params = [p for g, _ in groups for p in g]
         self.max_norm, self.accumulate, self.noise = max_norm, accumulate, noise
+        self.keep = keep
         self.clips, self.boxes = 0, 0.  # boxes: of truth since the last step
 
     def learn(self,
@@ -95,8 +98,7 @@ class Tuner:
         got = clip_loss(self.model, clip, self.noise,
                         embed_only=self.embed_only)
         loss = _mean(got.total.detach().clone()).item()
-        if not np.isfinite(loss): raise InputError(
-            f"the loss of clip {self.clips + 1} is {loss}", fix="lower lr")
+        if not np.isfinite(loss): self.stop(clip, loss)
         if got.total.requires_grad: (got.total*got.samples).backward()
         self.boxes += got.samples; self.clips += 1
         if self.clips % self.accumulate == 0 or last: self.step()
@@ -110,6 +112,7 @@ class Tuner:
         torch.nn.utils.clip_grad_norm_(self.params, self.max_norm)
         self.opt.step(); self.opt.zero_grad(); self.boxes = 0.
 
+# %% ../../nbs/models/motrv2_training.ipynb #4c10fded
 def _many() -> bool:
     "Whether several processes learn together."
     d = torch.distributed
@@ -120,6 +123,23 @@ def _mean(t):
     if _many():
         torch.distributed.all_reduce(t); t /= torch.distributed.get_world_size()
     return t
+
+# %% ../../nbs/models/motrv2_training.ipynb #23e1d525
+@patch
+def stop(self:Tuner,
+    clip:Clip,
+    loss:float,  # no number
+):
+    "Keep the clip and raise `InputError`."
+    n = self.clips + 1; path = self.keep and Path(self.keep)/(
+        f"bad_clip_{n}_{torch.distributed.get_rank()}.pt" if _many() else
+        f"bad_clip_{n}.pt")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({k: [torch.as_tensor(x) for x in getattr(clip, k)] for k in
+            ("frames", "proposals", "boxes", "ids")}, path)
+    raise InputError(f"the loss of clip {n} is {loss}", path or None,
+                     fix="look at its boxes, or lower lr")
 
 # %% ../../nbs/models/motrv2_training.ipynb #a2d7c28c
 @patch
@@ -167,7 +187,7 @@ def moved(
     return dict(norm=n, largest=d.abs().max().item(), score=.1*n/w,
                 along_score=share)
 
-# %% ../../nbs/models/motrv2_training.ipynb #095a0daf
+# %% ../../nbs/models/motrv2_training.ipynb #a24a421e
 def tune(
     model:MOTRv2,
     clips,  # a ClipSet, or anything with len() and clip(epoch, i)
@@ -178,6 +198,7 @@ def tune(
     accumulate:int=1,  # clips a step
     weight_decay:float=0.,
     noise:float=0.,  # of denoised boxes
+    keep="",  # folder for a clip whose loss is no number
     state:dict|None=None,  # of a tuning that was stopped
     each=None,  # called with (done clips, loss) after each clip
     save=None,  # called with (finished epochs, done clips, state)
@@ -187,7 +208,7 @@ def tune(
 ) -> Tuner:
     "Tune the shared vector, or the whole network."
     me = Tuner(model, lr, embed_only, weight_decay, accumulate=accumulate,
-               noise=noise)
+               noise=noise, keep=keep)
     if state is not None: me.resume(state)
     n = max(len(clips)//world, 1)
     while me.clips < epochs*n:

@@ -249,7 +249,7 @@ class _Looked:
         c.seen = [self.look(f) for f in c.frames]
         return c
 
-# %% ../../nbs/models/track_steps.ipynb #7728ec97
+# %% ../../nbs/models/track_steps.ipynb #d71f381f
 def tune_vector(
     model:MOTRv2,  # its vector is changed, all else stays bit for bit
     clips,  # as `Clips`
@@ -276,7 +276,7 @@ def tune_vector(
             vector=model.yolox_embed.weight.detach().cpu()), tmp)
     if look: clips = _Looked(clips, look)
     tune(model, clips, epochs, lr, state=old, each=each, save=save,
-         save_every=save_every, **how)
+         save_every=save_every, keep=Path(state).parent, **how)
     for p in model.parameters(): p.requires_grad_(True)
 
 def done_of(
