@@ -135,6 +135,17 @@ def one(kind, steps=3):
     print(json.dumps(dict(kind=kind, losses=losses, seconds=float(min(secs[1:steps])), tensors_mb=held, process_mb=rss)))
 
 
+def keep(rows):
+    "Leave the figures in bench/results."
+    import datetime
+    import platform
+    from pathlib import Path
+
+    out = dict(date=datetime.date.today().isoformat(), cpus=len(os.sched_getaffinity(0)), machine=platform.machine(),
+               shape=f"ViT-S, {SIZE[0]}x{SIZE[1]}, batch {BATCH}, 300 queries, {OBJECTS} objects", rows=rows)
+    (Path(__file__).parent / "results" / "detr_training.json").write_text(json.dumps(out, indent=1) + "\n")
+
+
 def main(kinds):
     env = dict(os.environ, OMP_NUM_THREADS="1", NO_ALBUMENTATIONS_UPDATE="1")
     rows = []
@@ -155,4 +166,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         one(sys.argv[2])
     else:
-        main(sys.argv[1:] or SAYS)
+        rows = main(sys.argv[1:] or SAYS)
+        if not sys.argv[1:]:
+            keep(rows)
