@@ -674,8 +674,10 @@ def features_picture(model, image, box:Letterbox):  # (H,W,3) uint8
     return cv2.resize(rgb.astype(np.uint8), image.shape[1::-1],
                       interpolation=cv2.INTER_NEAREST)
 
-def boxes_page(data:DetData, preds, rows, least:float=.3, names=()):
-    "Truth above, detections below, of some images."
+def boxes_page(data:DetData, preds, rows, least:float=.3, names=(),
+               cols:int=2, # pictures side by side
+               size=(340, 210)):  # of a picture, pixels
+    "Truth and, to its right, detections of some images."
     im, b, s, l = preds.arrays()
     pics, caps = [], []
     for i in rows:
@@ -685,7 +687,7 @@ def boxes_page(data:DetData, preds, rows, least:float=.3, names=()):
                  plots.draw_boxes(pic, b[k], l[k], names)]
         caps += [f"{Path(data.files[i]).name}: {len(gt)} objects",
                  f"{k.sum()} found at {least}"]
-    return plots.contact_sheet(pics, caps, 2, (340, 210))
+    return plots.contact_sheet(pics, caps, cols, size)
 
 # %% ../nbs/03_detr_dinov3.ipynb #74cbdac3
 def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
@@ -694,11 +696,12 @@ def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
     detection_report.add_to(page, gt, table, least)
     at = {i: k for k,i in enumerate(val.image_ids.tolist())}
     rows = [at[r["image_id"]] for r in
-            detection_report.worst_images(gt, table, 4, least)]
+            detection_report.worst_images(gt, table, 16, least)]
     if not rows: return
     page.picture(run.figure("worst", boxes_page(val, preds, rows, least,
-        names)), "the worst four: left what is there, right what was found")
-    page.say("The worst 16, pictures included, are a COCO set in `worst/`: "
+        names, 4, (240, 150))), "the worst, worst first: what is there, and "
+        "to its right what was found")
+    page.say("These images, with their boxes, are a COCO set in `worst/`: "
         "correct it in any labelling tool and put it back with "
         "`crowdlens.detr_dinov3.merge_worst`.")
 
