@@ -127,7 +127,8 @@ def motmetrics(top):
         gt = mm.io.loadtxt(top / f"gt/s{k}/gt/gt.txt", fmt="mot16", min_confidence=1)
         accs.append(mm.utils.compare_to_groundtruth(gt, mm.io.loadtxt(top / f"res/s{k}.txt", fmt="mot16"), "iou",
                                                     distth=.5))
-    f = mm.metrics.create().compute_many(accs, ["mota", "idf1", "num_switches"], [f"s{k}" for k in range(len(accs))])
+    f = mm.metrics.create().compute_many(
+        accs, metrics=["mota", "idf1", "num_switches"], names=[f"s{k}" for k in range(len(accs))])
     out = {f"s{k}/{n}": float(f.loc[f"s{k}", m]) for k in range(len(accs)) for n, m in (("MOTA", "mota"), ("IDF1", "idf1"))}
     return out | dict(IDSW=int(f["num_switches"].sum())), time.perf_counter() - t0
 
