@@ -125,17 +125,19 @@ def show(
     for k in res.key: print(f"{k:>28}  {nice(res.metrics.get(k))}")
     print(f"{'report':>28}  {show_path(res.folder/'report.html')}")
 
-# %% ../nbs/cli.ipynb #18490c56
+# %% ../nbs/cli.ipynb #6c74480d
 Weights = Annotated[str, typer.Option("-w", "--weights",
     help="a checkpoint: folder, file or Hub id")]
 Name = Annotated[str, typer.Option(help="the run's name")]
 
-def _detect(mode, data, weights, param, name, out):
-    "Stage 03 in another mode than training."
-    stage = find_stage("03"); m = module(stage)
-    vals = runs.settings(stage, m.Config, "", param, mode=mode, data=data,
-        checkpoint_path=weights, out=out, name=name or mode)
-    show(m.run(m.Config(**vals)))
+# kind of a checkpoint -> stage that judges it, its name for a checkpoint
+JUDGES = dict(detector=("03", "checkpoint_path"), tracker=("05", "checkpoint"),
+              actions=("06", "weights"))
+
+def _at_once(no, param, **fixed):
+    "A stage without its notebook."
+    stage = find_stage(no); m = module(stage)
+    show(m.run(m.Config(**runs.settings(stage, m.Config, "", param, **fixed))))
 
 @app.command("predict")
 def _predict(source:Annotated[str, typer.Argument(
@@ -144,13 +146,13 @@ def _predict(source:Annotated[str, typer.Argument(
     param:Annotated[list[str], typer.Option("-p", "--param")] = [],
     name:Name = None, out:Out = None):
     "What a detector sees; whom a tracker follows, what people do."
-    kind = kind_of(weights)
-    if kind == "detector": return _detect("predict", source, weights, param,
-                                          name, out)
-    stage = find_stage("07"); m = module(stage)
-    vals = runs.settings(stage, m.Config, "", param, source=source, out=out,
-                         name=name or "predict", **{kind: weights})
-    show(m.run(m.Config(**vals)))
+    kind, how = kind_of(weights), dict(out=out, name=name or "predict")
+    own = any(p.startswith("boxes=") for p in param)  # of the film's people
+    if kind == "detector" or kind == "actions" and own:
+        no, field = JUDGES[kind]
+        return _at_once(no, param, mode="predict", data=source, **how,
+                        **{field: weights})
+    _at_once("07", param, source=source, **how, **{kind: weights})
 
 def kind_of(
     weights,  # a checkpoint: folder, file or Hub id
@@ -165,9 +167,7 @@ def kind_of(
     return ("tracker" if "yolox_embed" in names else
             "actions" if "fast.conv1" in names else "detector")
 
-# %% ../nbs/cli.ipynb #fa616797
-JUDGES = dict(tracker=("05", "checkpoint"), actions=("06", "weights"))
-
+# %% ../nbs/cli.ipynb #81b03aba
 @app.command("evaluate")
 def _evaluate(data:Annotated[str, typer.Argument(
         help="labelled data: a YOLO folder, its yaml, or a COCO JSON; "
@@ -176,13 +176,9 @@ def _evaluate(data:Annotated[str, typer.Argument(
     param:Annotated[list[str], typer.Option("-p", "--param")] = [],
     name:Name = None, out:Out = None):
     "How good a detector, a tracker or an action network is."
-    kind = kind_of(weights)
-    if kind == "detector": return _detect("evaluate", data, weights, param,
-                                          name, out)
-    no, field = JUDGES[kind]; stage = find_stage(no); m = module(stage)
-    vals = runs.settings(stage, m.Config, "", param, mode="evaluate",
-        data=data, out=out, name=name or "evaluate", **{field: weights})
-    show(m.run(m.Config(**vals)))
+    no, field = JUDGES[kind_of(weights)]
+    _at_once(no, param, mode="evaluate", data=data, out=out,
+             name=name or "evaluate", **{field: weights})
 
 # %% ../nbs/cli.ipynb #485aa0ba
 @app.command("export")
