@@ -12,7 +12,7 @@ from crowdlens.train_world import Config, judge
 TINY = runs.assets() / "data" / "tiny"
 
 
-FLOORS = {"court": {"person": 0.84, "head": 0.80}, "street": {"Car": 0.70}}
+FLOORS = {"court": {"person": 0.84, "head": 0.80}, "street": {"Car": 0.80, "Bike": 0.65, "Pedestrian": 0.50}}
 
 
 @pytest.mark.parametrize("scene", FLOORS)
