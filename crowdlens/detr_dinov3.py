@@ -656,7 +656,7 @@ def curves(rows:list[dict]):  # of the run's history
     for ax in (a, b): ax.legend(fontsize=7) if ax.lines else None
     return fig
 
-# %% ../nbs/03_detr_dinov3.ipynb #6be78470
+# %% ../nbs/03_detr_dinov3.ipynb #4dabe67f
 def features_picture(model, image, box:Letterbox):  # (H,W,3) uint8
     "The three directions in which the frozen features differ most, as RGB."
     canvas, place = letterbox(image, box)
@@ -689,7 +689,7 @@ def boxes_page(data:DetData, preds, rows, least:float=.3, names=(),
                  f"{k.sum()} found at {least}"]
     return plots.contact_sheet(pics, caps, cols, size)
 
-# %% ../nbs/03_detr_dinov3.ipynb #74cbdac3
+# %% ../nbs/03_detr_dinov3.ipynb #58120779
 def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
     "Curves, confusions, and the worst images as a table and as pictures."
     table = preds.table(gt, val.ids)
