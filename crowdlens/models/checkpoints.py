@@ -54,7 +54,7 @@ _INERT = types.SimpleNamespace(__name__="inert", Unpickler=_Reader,
     load=lambda f, **kw: _Reader(f, **kw).load(),
     UnpicklingError=pickle.UnpicklingError)
 
-# %% ../../nbs/models/checkpoints.ipynb #154a8d43
+# %% ../../nbs/models/checkpoints.ipynb #1a00cfc6
 def read_weights(
     path,  # .pth, .pt, .ckpt, .bin or .safetensors
 ) -> dict:
@@ -365,14 +365,17 @@ def _open(path, hints):
         return _of_hub(str(path), hints)
     raise InputError("no such checkpoint", path)
 
-# %% ../../nbs/models/checkpoints.ipynb #150f125f
+# %% ../../nbs/models/checkpoints.ipynb #8b7a9464
 KINDS = dict(tracker="crowdlens.models.motrv2",
              actions="crowdlens.models.slowfast")
 
 def _other_kind(model, kind, source, info=None):
     "The `Checkpoint` of a tracker or an action network."
-    names = (info or {}).get("label_map") or (info or {}).get("names") or (
-        {0: "person"} if kind == "tracker" else {})
+    said = info or {}
+    acts = said.get("actions") or []
+    names = said.get("label_map") or said.get("names") or (
+        {0: "person"} if kind == "tracker" else
+        dict(zip(said.get("ids") or range(1, len(acts) + 1), acts)))
     d = getattr(model, "design", None)
     return Checkpoint(model.eval(), LabelMap.make(names), d and Letterbox(
         d.short_side, d.long_side, 1, "keep", "turn"), info=info or {},
