@@ -22,7 +22,7 @@ from .models.action_relations import (ACTIONS,GROUPS,Beat,
 from .models.slowfast import (TINY,ActionConfig,
     ActionDetector,fresh,load_folder)
 
-# %% ../nbs/train_interaction.ipynb #dd159309
+# %% ../nbs/train_interaction.ipynb #7594fca7
 STAGE = "train_interaction"
 
 @dataclass(kw_only=True)
@@ -40,6 +40,7 @@ class Config(config.Config):
     steps:int = schedule(900)  # of each head
     clips:int = 24  # a step
     lr:float = 2e-3  # highest learning rate
+    ia_lr:float = 3.  # times lr, for interaction aggregation
     min_visible:float = .4  # share of a person that must be seen, 0..1
     threads:int = machine(1)  # of torch
 
@@ -47,7 +48,7 @@ class Config(config.Config):
 VARIANTS = {"without": (), "people": ("P",), "ball": ("O",),
             "memory": ("M",), "all": ("P", "O", "M", "P", "O", "M")}
 
-# %% ../nbs/train_interaction.ipynb #b1ae2a1a
+# %% ../nbs/train_interaction.ipynb #00f810ee
 def learn(
     model:ActionDetector,
     beats:list,
@@ -55,17 +56,20 @@ def learn(
 ):
     "Train the head; the backbone stays as it is."
     slots, head = slots_of(model, beats), model.roi_heads
-    opt = torch.optim.AdamW(head.parameters(), cfg.lr, weight_decay=1e-2)
+    part = {True: [], False: []}
+    for n,p in head.named_parameters(): part["ia_structure" in n].append(p)
+    opt = torch.optim.AdamW([dict(params=part[k], share=s) for k,s in (
+        (False, 1.), (True, cfg.ia_lr)) if part[k]], cfg.lr, weight_decay=1e-2)
     rng = np.random.default_rng([cfg.seed, 3]); head.train()
     torch.manual_seed(cfg.seed)
     for k in runs.bar(range(cfg.steps), "head", cfg.steps, "step"):
         up = min(1., (k + 1)/30)
-        for g in opt.param_groups: g["lr"] = cfg.lr*up*.5*(
+        for g in opt.param_groups: g["lr"] = g["share"]*cfg.lr*up*.5*(
             1 + math.cos(math.pi*k/cfg.steps))
         pick = rng.integers(len(beats), size=cfg.clips)
-        part = [beats[i] for i in pick]
-        out = logits_of(model, part, None if slots is None else slots[pick])
-        loss = action_loss(out, torch.cat([b.labels for b in part]), GROUPS,
+        some = [beats[i] for i in pick]
+        out = logits_of(model, some, None if slots is None else slots[pick])
+        loss = action_loss(out, torch.cat([b.labels for b in some]), GROUPS,
                            0.)["total_loss"]
         opt.zero_grad(); loss.backward(); opt.step()
     model.eval()

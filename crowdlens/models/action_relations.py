@@ -98,7 +98,7 @@ def beats_of(
             shots[mid][0] if pictures else None))
     return out
 
-# %% ../../nbs/models/action_relations.ipynb #dc8c6c6f
+# %% ../../nbs/models/action_relations.ipynb #86512b5b
 def headed(
     backbone:ActionDetector,
     cfg,  # settings: see `train_interaction`
@@ -112,6 +112,10 @@ def headed(
     model = fresh(ActionConfig(c.pathways, GROUPS, 96, .1, c.roi, c.extend,
                                ia), cfg.seed)
     model.backbone.load_state_dict(backbone.backbone.state_dict())
+    ia = getattr(model.roi_heads.action.feature_extractor, "ia_structure", None)
+    with torch.no_grad():
+        for p in ia.parameters() if ia else ():
+            if p.ndim > 1: p *= (2304/dim)**.5
     return model
 
 def slots_of(
@@ -170,7 +174,7 @@ def look(
     return Look(mean("P")[:, :n], mean("O")[:, 0], mean("M").reshape(
         n, ia.seconds, -1).sum(-1), *both)
 
-# %% ../../nbs/models/action_relations.ipynb #ca01afb7
+# %% ../../nbs/models/action_relations.ipynb #ff5d22f6
 def draw_look(
     b,  # a `Beat` with its picture
     got:Look,
@@ -180,7 +184,8 @@ def draw_look(
 ):
     "A figure: the clip, the seconds, and the scores."
     from matplotlib.patches import Rectangle
-    pic, axes = new_figure(1, 3, (6, 2.2)); a, m, s = axes[0]
+    pic, axes = new_figure(1, 3, (6.6, 2.1)); a, m, s = axes[0]
+    a.get_gridspec().set_width_ratios([2.4, 1, 1]); pic.set_dpi(120)
     a.imshow(b.image); a.set_axis_off()
     def frame(box, rgb, wide): a.add_patch(Rectangle(box[:2], *(box[2:] -
         box[:2]), fill=False, ec=rgb, lw=wide))
@@ -194,11 +199,13 @@ def draw_look(
     a.set_title(f"people; ball {got.ball[who]:.2f}", fontsize=7)
     far = got.beats.shape[1]//2
     m.bar(np.arange(-far, far + 1), got.beats[who], color="tab:blue")
-    m.set(xlabel="seconds from now", title="memory")
+    m.set_title("memory", fontsize=7)
+    m.set_xlabel("seconds from now", fontsize=7)
     y, left = np.arange(len(names[told])), .4
     for dy,v,l in ((0, got.scores, "memory"), (left, got.bare, "no memory")):
         s.barh(y + dy, v[who, told], .36, label=l)
-    s.set(yticks=y + .2, yticklabels=names[told], xlim=(0, 1), xlabel="score")
+    s.set(yticks=y + .2, yticklabels=names[told], xlim=(0, 1))
+    s.set_xlabel("score", fontsize=7)
     s.legend(fontsize=6)
     for x in (m, s): x.tick_params(labelsize=6)
     return pic
