@@ -568,7 +568,7 @@ def _train(cfg, r):
              results=csv), "" if cfg.weights or cfg.max_iter > 99 else "A toy "
         "network learned for seconds: this shows that all parts work together.")
 
-# %% ../nbs/06_slowfast_finetune.ipynb #85793aa3
+# %% ../nbs/06_slowfast_finetune.ipynb #daa4a743
 def labelled(part:Part) -> Part:
     "`part`; `InputError` where nobody in it does anything."
     if not part.files.csv and not any(a for f in part.data.frames
@@ -593,7 +593,10 @@ def go_on(cfg, t):
         "no optimiser in this checkpoint: only a run's newest has one", path,
         fix="transfer=true takes the weights and begins at step 0")
     state = torch.load(path/"state.pt", map_location="cpu", weights_only=True)
-    t.load(t.model.state_dict(), state, adjust=cfg.adjust)
+    try: t.load(t.model.state_dict(), state, adjust=cfg.adjust)
+    except ValueError as e: raise InputError("the optimiser in this "
+        f"checkpoint is of other weights: {e}", path, fix="set frozen_bn as "
+        "it was trained, or transfer=true for the weights alone") from None
 
 # %% ../nbs/06_slowfast_finetune.ipynb #3a7d3ea7
 def _validate(r, *parts, rule, most=20):

@@ -191,12 +191,14 @@ def test_flags_of_the_published_program(runs, tmp_path):
         # transfer: the weights alone, or all of a training
         start(runs, name="two", ia="dense", weights=w, max_iter=4)
         assert seen["at"] == 0 and seen["momentum"] == 0
-        start(runs, name="three", ia="dense", weights=w, max_iter=4, transfer=False)
+        with pytest.raises(InputError, match="frozen_bn"):  # those weights did not learn there
+            start(runs, name="other", ia="dense", weights=w, max_iter=4, transfer=False)
+        start(runs, name="three", ia="dense", weights=w, max_iter=4, transfer=False, frozen_bn=False)
         assert seen["at"] == 3 and seen["momentum"] > 0
         with pytest.raises(InputError, match="transfer=true"):
             best = tmp_path / "weights"
             shutil.copytree(w, best, ignore=shutil.ignore_patterns("state.pt"))
-            start(runs, name="four", ia="dense", weights=str(best), transfer=False)
+            start(runs, name="four", ia="dense", weights=str(best), transfer=False, frozen_bn=False)
         # seed: other start values
         start(runs, name="five", seed=1)
         a = seen["head"]
@@ -217,7 +219,7 @@ def test_tensorboard_and_trackio_either_or_both(runs, monkeypatch):
     assert told[0].endswith("both") and 1 in told and ("total_loss", 1) in drawn and ("map_50", 1) in drawn
     monkeypatch.setitem(sys.modules, "trackio", None)  # not installed
     with pytest.raises(InputError, match="trackio is not installed"):
-        start(runs, name="one", report_to="trackio", max_iter=1)
+        start(runs, name="absent", report_to="trackio", max_iter=1)
 
 
 def test_crowds_by_seed(runs):
