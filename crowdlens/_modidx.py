@@ -3518,6 +3518,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'crowdlens.train_actions._learn': ('train_actions.html#_learn', 'crowdlens/train_actions.py'),
                                          'crowdlens.train_actions._settled': ('train_actions.html#_settled', 'crowdlens/train_actions.py'),
                                          'crowdlens.train_actions.averaged': ('train_actions.html#averaged', 'crowdlens/train_actions.py'),
+                                         'crowdlens.train_actions.beginner': ('train_actions.html#beginner', 'crowdlens/train_actions.py'),
                                          'crowdlens.train_actions.clips_of': ('train_actions.html#clips_of', 'crowdlens/train_actions.py'),
                                          'crowdlens.train_actions.figures': ('train_actions.html#figures', 'crowdlens/train_actions.py'),
                                          'crowdlens.train_actions.held_out': ('train_actions.html#held_out', 'crowdlens/train_actions.py'),

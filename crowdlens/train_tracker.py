@@ -27,7 +27,7 @@ from .models.motrv2 import Design,MOTRv2,SMALL,once,twice
 from .models.motrv2_loss import Forget,clip_loss
 from .models.small_tracker import *
 
-# %% ../nbs/train_tracker.ipynb #f9a75be3
+# %% ../nbs/train_tracker.ipynb #8723813f
 STAGE = "train_tracker"
 
 @dataclass(kw_only=True)
@@ -43,6 +43,8 @@ class Config(config.Config):
     warmup:int = 200  # clips until the rate is reached
     dense:float = 1.  # weight of the tokens' own loss
     forget_often:float = .6  # share of transitions at which tracks are lost
+    forget_shares:list[float] = field(default_factory=lambda: [.5, .125])  # of
+    # the tracks, one of them drawn each time
     wrong:float = .15  # chance of a wrong track beside each right one
     people:list[int] = field(default_factory=lambda: [4, 12])  # from, to
     size:list[int] = field(default_factory=lambda: [320, 192])  # pixels
@@ -185,7 +187,7 @@ def clips(self:Learner) -> list:
         self.model.train()
     return self.kept[1]
 
-# %% ../nbs/train_tracker.ipynb #d1b17a46
+# %% ../nbs/train_tracker.ipynb #361a4f84
 @patch
 def learn(self:Learner) -> dict:
     "One clip; its figures."
@@ -199,7 +201,7 @@ def learn(self:Learner) -> dict:
         clip.seen = [(tok[t:t+1], shapes) for t in range(len(clip))]
         dense = cfg.dense*self.head(tok, shapes, clip.boxes)
     got = clip_loss(self.model, clip, forget=Forget(cfg.forget_often,
-                    wrong=cfg.wrong), rng=rng)
+                    tuple(cfg.forget_shares), cfg.wrong), rng=rng)
     loss = got.total + dense
     if not torch.isfinite(loss): raise InputError(
         f"the loss of clip {self.step} is {loss.item()}", fix="lower lr")
