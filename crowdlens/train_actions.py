@@ -5,21 +5,19 @@
 # %% auto #0
 __all__ = ['STAGE', 'ACTIONS', 'GROUPS', 'MEAN', 'STD', 'TILE', 'Config', 'network', 'beginner', 'Clip', 'clips_of', 'to_tensors',
            'tile', 'mosaic', 'Chunks', 'share', 'learner', 'averaged', 'state_of', 'put_back', 'predict', 'held_out',
-           'figures', 'run', 'info', 'ship']
+           'figures', 'run', 'info']
 
-# %% ../nbs/train_actions.ipynb #92faa13e
+# %% ../nbs/train_actions.ipynb #b112b62e
 import math,time
-from dataclasses import dataclass,fields,replace
-from pathlib import Path
+from dataclasses import dataclass,replace
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 from fastcore.basics import patch
 from .core import config,runs
 from .core.config import machine,schedule
-from .core.files import InputError,atomic,read_json,write_json
+from .core.files import InputError
 from .core.plots import contact_sheet,draw_boxes
 from .core.report import Report
 from .core.world import World
@@ -372,24 +370,5 @@ def _finish(r, cfg, fig, scores, truth):
     return r.finish(fig, page, ["map", "chance"], pic, dict(
         checkpoint=(r.folder/"checkpoints"/"last").resolve()))
 
-# %% ../nbs/train_actions.ipynb #992e8ff3
-def ship(
-    run,  # folder of a finished run
-    folder,  # is made: the checkpoint that ships
-):
-    "Weights in fp16 and what is known of them, as a folder that opens."
-    run, folder = Path(run), Path(folder)
-    if not (run/"result.json").exists(): raise InputError(
-        "this run has not finished", run, fix="start it again: it goes on")
-    cfg = read_json(run/"config.json")["settings"]
-    model = load_folder(run/"checkpoints"/"last")
-    told = info(config.make(Config, {k: v for k,v in cfg.items()
-        if k in {f.name for f in fields(Config)}}), model)
-    told["metrics"] = read_json(run/"metrics.json")
-    state = {k: v.half().contiguous() if v.is_floating_point() else v
-             for k,v in model.state_dict().items()}
-    with atomic(folder/"model.safetensors") as tmp: save_file(state, tmp,
-        {"format": "pt"})
-    write_json(folder/"crowdlens.json", told)
-
+# %% ../nbs/train_actions.ipynb #bb0e9ffd
 runs.main(globals())

@@ -6,7 +6,7 @@
 __all__ = ['STAGE', 'LATE', 'BIRTHS', 'KEYS', 'Config', 'some_film', 'clip_length', 'rate', 'fresh_tracker', 'Learner',
            'test_film', 'rows_of', 'follow', 'motion', 'judge', 'info', 'run', 'ship']
 
-# %% ../nbs/train_tracker.ipynb #f0623099
+# %% ../nbs/train_tracker.ipynb #b0541459
 import math,time
 from dataclasses import asdict,dataclass,field
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 import supervision as sv
 import torch
 from fastcore.basics import patch
-from safetensors.torch import load_file,save_file
+from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from .core import config,runs
 from .core.config import machine
-from .core.files import InputError,atomic,read_json,write_json
+from .core.files import InputError
 from .core.mot import mot_rows
 from .core.plots import contact_sheet,draw_boxes
 from .core.report import Report
@@ -27,7 +27,7 @@ from .models.motrv2 import Design,MOTRv2,SMALL,once,twice
 from .models.motrv2_loss import Forget,clip_loss
 from .models.small_tracker import *
 
-# %% ../nbs/train_tracker.ipynb #8723813f
+# %% ../nbs/train_tracker.ipynb #b3ef0558
 STAGE = "train_tracker"
 
 @dataclass(kw_only=True)
@@ -68,8 +68,7 @@ class Config(config.Config):
             if len(a) != len(b): raise InputError(
                 f"{a} clips of {b} frames: the lists differ in length")
         if sum(self.whole_clips) % self.per_chunk: raise InputError(
-            f"whole_clips={self.whole_clips}: their sum should be a multiple "
-            f"of per_chunk={self.per_chunk}")
+            f"the sum of whole_clips: no multiple of {self.per_chunk=}")
 
 # %% ../nbs/train_tracker.ipynb #042df614
 def some_film(
@@ -349,7 +348,7 @@ def _learn(r, cfg, me):
                info(cfg, me.model), me.state(), keep=4)
         rows = []
 
-# %% ../nbs/train_tracker.ipynb #516f3383
+# %% ../nbs/train_tracker.ipynb #bea8adef
 KEYS = "HOTA", "DetA", "AssA", "IDF1", "MOTA", "IDSW"
 
 def _finish(r, cfg, fig, f, got):
@@ -377,19 +376,8 @@ def ship(
     run,  # folder of a finished run
     folder,  # is made: the checkpoint that ships
 ):
-    "Weights in fp16 and what is known of them."
-    run, folder = Path(run), Path(folder)
-    last = run/"checkpoints"/"last"
-    if not (run/"result.json").exists(): raise InputError(
-        "this run has not finished", run, fix="start it again: it goes on")
-    folder.mkdir(parents=True, exist_ok=True)
-    fig, about = read_json(run/"metrics.json"), read_json(
-        last/"crowdlens.json")
-    about["metrics"] = {k: v for k, v in fig.items() if "film" not in k}
-    w = {k: v.half() for k, v in load_file(last/"model.safetensors").items()}
-    with atomic(folder/"model.safetensors") as tmp:
-        save_file(w, tmp, {"format": "pt"})
-    write_json(folder/"crowdlens.json", about)
+    "As `runs.ship`, without the figures of each film."
+    runs.ship(run, folder, lambda key: "film" not in key)
 
 # %% ../nbs/train_tracker.ipynb #bb0e9ffd
 runs.main(globals())

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['versions', 'commit', 'device', 'cores', 'rank', 'Result', 'Run', 'lock', 'load_result', 'history', 'bar', 'room',
-           'seed_all', 'rng_state', 'set_rng_state', 'settings', 'assets', 'profile_values', 'profiles', 'main']
+           'seed_all', 'rng_state', 'set_rng_state', 'ship', 'settings', 'assets', 'shipped', 'profile_values',
+           'profiles', 'main']
 
 # %% ../../nbs/core/runs.ipynb #7a7e4b81
 import importlib.metadata,importlib.util,json,os,platform,shutil
@@ -476,6 +477,26 @@ def resume(self:Run) -> tuple|None:
     self.log(f"resumes after {last.resolve().name}")
     return got
 
+# %% ../../nbs/core/runs.ipynb #b9e5e0a3
+def ship(
+    run,  # folder of a finished run
+    folder,  # is made: model.safetensors, crowdlens.json
+    figure=lambda key: True,  # which figures go along
+):
+    "The last weights in half precision and what is known of them."
+    from safetensors.torch import load_file,save_file
+    run, folder = Path(run), Path(folder)
+    if not (run/"result.json").exists(): raise InputError(
+        "this run has not finished", run, fix="start it again: it goes on")
+    last = run/"checkpoints"/"last"
+    info = read_json(last/"crowdlens.json") | dict(metrics={k: v for k,v in
+        read_json(run/"metrics.json").items() if figure(k)})
+    state = {k: v.half() if v.is_floating_point() else v
+             for k,v in load_file(last/"model.safetensors").items()}
+    with atomic(folder/"model.safetensors") as tmp: save_file(state, tmp,
+        {"format": "pt"})
+    write_json(folder/"crowdlens.json", info)
+
 # %% ../../nbs/core/runs.ipynb #f1e4e31e
 def settings(
     stage:str,  # as "01_audit"
@@ -492,10 +513,17 @@ def settings(
     vals |= {k: v for k,v in fixed.items() if v is not None}
     return asdict(config.make(cls, vals))
 
-# %% ../../nbs/core/runs.ipynb #6030f2b5
+# %% ../../nbs/core/runs.ipynb #1f9789fe
 def assets() -> Path:
     "The folder that holds nbs/ and data/: the checkout, or the wheel's copy."
     return checkout() or Path(config.__file__).parents[1]/"_assets"
+
+def shipped(
+    name:str,  # court, street, tracker, actions …: a folder of data/tiny
+) -> Path|None:
+    "The folder of a small network that ships; None where it does not."
+    path = assets()/"data"/"tiny"/name
+    return path if (path/"model.safetensors").is_file() else None
 
 def profile_values(
     stage:str,
