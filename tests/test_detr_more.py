@@ -339,68 +339,18 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(out, plain, monkeypatch):
     assert same(last(r), last(plain)) and scalars(r.folder) == scalars(plain.folder)
 
 
-def test_a_checkpoint_that_is_pushed(out, plain, monkeypatch):
+def test_a_checkpoint_that_is_pushed(out, plain, hub, monkeypatch):
     "The best checkpoint goes to a web server that answers as the Hub does, through huggingface_hub itself."
-    import base64
-    import threading
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-
     from huggingface_hub import HfApi
 
     from crowdlens.models import model_card
 
-    asked, files, said = [], {}, []
+    files, said = hub["files"], []
     best = plain.folder / "checkpoints" / "best"
-
-    class Hub(BaseHTTPRequestHandler):
-        def log_message(self, *a): pass
-
-        def answer(self, body, code=200):
-            data = json.dumps(body).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def do_GET(self):
-            asked.append(("GET", self.path))
-            self.answer(dict(sha="0" * 40, id="me/crowds", siblings=[], private=True))
-
-        def do_POST(self):
-            n = self.headers.get("Content-Length")
-            if n is None:  # chunked
-                raw = b""
-                while size := int(self.rfile.readline(), 16):
-                    raw += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-            else:
-                raw = self.rfile.read(int(n))
-            asked.append(("POST", self.path))
-            if self.path.endswith("/repos/create"):
-                body = json.loads(raw)
-                assert body.get("private") is True or body.get("visibility") == "private", body
-                return self.answer(dict(url="https://huggingface.co/me/crowds", name="crowds"))
-            if "/preupload/" in self.path:
-                names = [f["path"] for f in json.loads(raw)["files"]]
-                return self.answer(dict(files=[dict(path=p, uploadMode="regular", shouldIgnore=False) for p in names]))
-            if "/commit/" in self.path:
-                for line in raw.splitlines():
-                    row = json.loads(line)
-                    if row["key"] == "file":
-                        files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
-                return self.answer(dict(commitUrl="https://huggingface.co/me/crowds/commit/1", commitOid="1" * 40, success=True))
-            self.answer(dict(), 200)
-
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        api = HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_planted")
-        monkeypatch.setattr(model_card, "HfApi", lambda: api)
-        stage.share(config(out, push_to="me/crowds"), types.SimpleNamespace(log=said.append), best)
-    finally:
-        server.shutdown()
+    api = HfApi(endpoint=hub["url"], token="hf_planted")
+    monkeypatch.setattr(model_card, "HfApi", lambda: api)
+    stage.share(config(out, push_to="me/crowds"), types.SimpleNamespace(log=said.append), best)
+    assert hub["repo"].get("private") is True or hub["repo"].get("visibility") == "private", hub["repo"]
     assert len(said) == 1 and said[0].startswith("on the Hub: http") and said[0].endswith("/me/crowds"), said
     assert set(files) == {"README.md", "config.json", "crowdlens.json", "model.safetensors", "preprocessor_config.json"}
     assert files["model.safetensors"] == (best / "model.safetensors").read_bytes()

@@ -1,9 +1,6 @@
 """Hand-over to Hugging Face Jobs, through huggingface_hub itself, against a
 web server on this machine that answers as the Hub does."""
-import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -11,67 +8,12 @@ from crowdlens import cli, submit
 from crowdlens.core.files import InputError
 
 
-class Hub(BaseHTTPRequestHandler):
-    "What the Hub says to an upload and to a job."
-    def log_message(self, *a): pass
-
-    def answer(self, body):
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        if self.path.endswith("whoami-v2"):
-            return self.answer(dict(name="me", type="user"))
-        self.answer(dict(sha="0" * 40, id="me/crowds", siblings=[], private=True))
-
-    def body(self):
-        n = self.headers.get("Content-Length")
-        if n is not None:
-            return self.rfile.read(int(n))
-        raw = b""
-        while size := int(self.rfile.readline(), 16):
-            raw += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return raw
-
-    def do_POST(self):
-        raw, seen = self.body(), self.server.seen
-        if "/api/jobs/" in self.path:
-            seen["job"] = self.path, json.loads(raw), self.headers["Authorization"]
-            return self.answer(dict(id="1", createdAt="2026-11-21T12:00:00.000Z", owner=dict(id="1", name="me", type="user"),
-                                    status=dict(stage="RUNNING", message=None), flavor="a10g-large", environment={},
-                                    command=[], arguments=[], dockerImage="python:3.11", spaceId=None))
-        if self.path.endswith("/repos/create"):
-            seen["repo"] = json.loads(raw)
-            return self.answer(dict(url="https://huggingface.co/datasets/me/crowds", name="me/crowds"))
-        if "/preupload/" in self.path:
-            names = [f["path"] for f in json.loads(raw)["files"]]
-            return self.answer(dict(files=[dict(path=p, uploadMode="regular", shouldIgnore=False) for p in names]))
-        if "/commit/" in self.path:
-            for line in raw.splitlines():
-                row = json.loads(line)
-                if row["key"] == "file":
-                    seen["files"][row["value"]["path"]] = base64.b64decode(row["value"]["content"])
-            return self.answer(dict(commitUrl="https://huggingface.co/datasets/me/crowds/commit/1", commitOid="1" * 40, success=True))
-        self.answer(dict())
-
-
 @pytest.fixture
-def hub(monkeypatch):
+def hub(hub, monkeypatch):
     from huggingface_hub import HfApi
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    server.seen = dict(files={})
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(submit, "HfApi", lambda token=None: HfApi(endpoint=url, token=token))
+    monkeypatch.setattr(submit, "HfApi", lambda token=None: HfApi(endpoint=hub["url"], token=token))
     monkeypatch.setattr(submit, "get_token", lambda: "hf_planted")
-    yield server.seen
-    server.shutdown()
+    return hub
 
 
 @pytest.fixture
