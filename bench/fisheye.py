@@ -142,7 +142,7 @@ def infer(top, n, rounds, threads):
     folder = top / "pics"
     ck = network()
     export(ck, top / "onnx", tolerance=1e9)  # untrained: which queries are chosen is a tie
-    ours, onnx = Detector(ck, device="cpu"), Detector(open_onnx(top / "onnx", threads), device="cpu")
+    ours, onnx = Detector(ck, device="cpu"), Detector(open_onnx(top / "onnx"), device="cpu")
     least, found = score_of_box(ck.model, folder), {}
     sides = dict(plain=lambda r: found.update(plain_loop(ck.model, folder, top / f"p{r}", least)),
                  torch=lambda r: predict(ours, folder, top / f"t{r}", 4, least),

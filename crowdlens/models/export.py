@@ -6,12 +6,13 @@
 __all__ = ['OPSETS', 'input_size', 'check_opset', 'write_graph', 'to_half', 'OnnxModel', 'open_onnx', 'difference', 'compare',
            'export']
 
-# %% ../../nbs/models/export.ipynb #f4d9e289
+# %% ../../nbs/models/export.ipynb #04b5a3ac
 import math,os,time,warnings
 import numpy as np
 import torch
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from torch import nn
 from ..core.coco import LabelMap
@@ -95,40 +96,54 @@ def to_half(
     del half.graph.node[:]; half.graph.node.extend(nodes)
     onnx.save(half, str(out))
 
-# %% ../../nbs/models/export.ipynb #fa73fe97
+# %% ../../nbs/models/export.ipynb #7a91b77f
+def _session(path, threads):
+    "ONNX Runtime's session, on a GPU where it can."
+    try: import onnxruntime as ort
+    except ImportError: raise InputError("onnxruntime is not installed",
+        fix="pip install 'crowdlens[export]'") from None
+    o = ort.SessionOptions(); o.intra_op_num_threads = threads
+    o.log_severity_level = 3
+    have = ort.get_available_providers()
+    want = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider")
+            if p in have]
+    try: return ort.InferenceSession(str(path), o, want)
+    except Exception as e: raise InputError(
+        f"ONNX Runtime cannot open it: {str(e)[:200]}", path) from None
+
+# %% ../../nbs/models/export.ipynb #c5c84237
 class OnnxModel(nn.Module):
     "A detector that ONNX Runtime computes."
     def __init__(self,
         path,  # the .onnx file
         classes:int,  # how many
-        threads:int=0,  # CPU threads; 0: all
+        threads:int=0,  # CPU threads; 0: as torch
         kind:str="d_fine",  # architecture it came from
     ):
         super().__init__()
-        try: import onnxruntime as ort
-        except ImportError: raise InputError("onnxruntime is not installed",
-            fix="pip install 'crowdlens[export]'") from None
-        o = ort.SessionOptions(); o.intra_op_num_threads = threads
-        o.log_severity_level = 3
-        have = ort.get_available_providers()
-        want = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider")
-                if p in have]
-        try: self.session = ort.InferenceSession(str(path), o, want)
-        except Exception as e: raise InputError(
-            f"ONNX Runtime cannot open it: {str(e)[:200]}", path) from None
+        self.path, self.threads, self.lock = path, threads, Lock()
+        self.opened = None, 0
+        self.session()
         self.config = SimpleNamespace(num_labels=classes, model_type=kind)
+
+    def session(self): # onnxruntime.InferenceSession
+        "The graph, for as many threads as torch takes here."
+        n = self.threads or torch.get_num_threads()
+        with self.lock:
+            if self.opened[1] != n: self.opened = _session(self.path, n), n
+            return self.opened[0]
 
     def forward(self, pixel_values):
         "Logits and boxes of all queries."
-        a, b = self.session.run(None, {"pixel_values": np.ascontiguousarray(
+        a, b = self.session().run(None, {"pixel_values": np.ascontiguousarray(
             pixel_values.detach().cpu().float().numpy())})
         return SimpleNamespace(logits=torch.from_numpy(a),
                                pred_boxes=torch.from_numpy(b))
 
-# %% ../../nbs/models/export.ipynb #8787f493
+# %% ../../nbs/models/export.ipynb #4b22e7bb
 def open_onnx(
     path,  # an exported folder, or its .onnx file
-    threads:int=0,  # CPU threads; 0: all
+    threads:int=0,  # CPU threads; 0: as torch
 ) -> Checkpoint:
     "An exported detector, for `Detector`."
     p = Path(path)

@@ -166,7 +166,7 @@ def tiles_of(
     return [(x, y, min(x+size, w), min(y+size, h))
             for y in starts(h) for x in starts(w)]
 
-# %% ../../nbs/models/film_detect.ipynb #b1f12b4f
+# %% ../../nbs/models/film_detect.ipynb #b3777e1e
 class Tiled:
     "A detector that looks at tiles, and at the whole."
     def __init__(self,
@@ -178,6 +178,7 @@ class Tiled:
     ):
         self.inner, self.size, self.overlap = detector, size, overlap
         self.whole, self.iou, self.labels = whole, iou, detector.labels
+        self.device = getattr(detector, "device", "cpu")
 
     def detect(self, images, batch:int=8, threshold:float=0., **kw):
         "What is in each image, best first."
