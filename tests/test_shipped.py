@@ -33,3 +33,30 @@ def test_what_ships_is_small():
         assert info["provenance"]["command"].startswith("python -m crowdlens."), p
         assert "/tmp" not in p.read_text() and str(Path.home()) not in p.read_text()
         assert (p.parent / "model.safetensors").stat().st_size < 5e6
+
+
+def test_the_action_net_tells_actions_apart():
+    "On 24 clips of held-out worlds; waving among the standing is what needs motion."
+    from crowdlens import train_actions as a
+    from crowdlens.models.slowfast import load_folder
+    cfg = a.Config(name="t", test_clips=24)
+    got = a.figures(*a.predict(load_folder(TINY / "actions"), cfg, a.held_out(cfg, 30_000)))
+    assert got["map"] > .8 and got["map/wave"] > .6 and got["map/serve"] > .6, got
+
+
+def metrics(folder):
+    return json.loads((TINY / folder / "crowdlens.json").read_text())["metrics"]
+
+
+def test_readme_says_what_was_measured():
+    "Each row's numbers are those that the network carries."
+    rows = {line.split("`")[1]: line.split("|")[3] for line in (runs.assets() / "README.md").read_text().splitlines()
+            if line.startswith("| `")}
+    def has(folder, **want):
+        for what, v in want.items():
+            assert f"{v:.2f}".lstrip("0") in rows[folder], (folder, what, v, rows[folder])
+    m = metrics("actions")
+    has("actions", mAP=m["map"], chance=m["chance"], **{a: m[f"map/{a}"] for a in ("stand", "walk", "jump", "serve", "wave")})
+    m = metrics("actions_ia")
+    has("actions_ia", **{f"{w} {a}": m[f"{w}/{a}"] for w in ("without", "all") for a in (
+        "another jumps", "ball flies", "after a jump")})
