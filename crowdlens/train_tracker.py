@@ -310,7 +310,7 @@ def _beside(mine, others):
         fig |= {f"gain/{k}": at, f"gain/{k}/low": lo, f"gain/{k}/high": hi}
     return fig
 
-# %% ../nbs/train_tracker.ipynb #b24eadd5
+# %% ../nbs/train_tracker.ipynb #628b2f47
 def info(
     cfg:Config,
     model:MOTRv2,
@@ -321,7 +321,8 @@ def info(
         thresholds=dict(score=.5, update=.5, miss_tolerance=20, min_area=0),
         provenance=dict(data="crowdlens world, court", licence="Apache-2.0",
             detector=f"simulated, {cfg.style}",
-            command="python -m crowdlens.train_tracker -f court"))
+            command="python -m crowdlens.train_tracker -f court" + (
+                ", then -f court_long" if cfg.start else "")))
 
 def run(cfg:Config) -> runs.Result:
     "Train, judge, and keep what came out."
