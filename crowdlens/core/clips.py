@@ -182,7 +182,7 @@ def _decoded(self:Film, want):
             yield k, f
         if self._at >= last: return
 
-# %% ../../nbs/core/clips.ipynb #9830b85f
+# %% ../../nbs/core/clips.ipynb #2cd6c769
 @patch
 def fetch(self:Film,
     at,  # frame numbers from 0
@@ -198,10 +198,10 @@ def fetch(self:Film,
                 self._held[k] = f; found += k in want
         if not found or self._at == -2: break
     out = self._convert(sorted(want), size)
-    self._tidy(max(want))
+    self._tidy(min(want))
     return [out[int(k)] for k in at]
 
-# %% ../../nbs/core/clips.ipynb #40bb35eb
+# %% ../../nbs/core/clips.ipynb #e7600876
 @patch
 def _rgb(self:Film, f) -> np.ndarray:
     "A decoded frame as (H,W,3) uint8; one converter serves all frames."
@@ -225,8 +225,9 @@ def _convert(self:Film, want, size):
     return out
 
 @patch
-def _tidy(self:Film, last):
-    "Let go of frames that no later clip can want, and of too many."
+def _tidy(self:Film, first):
+    "Let go of frames before this clip's, and of too many."
+    for k in [k for k in self._held if k < first]: del self._held[k]
     while self._held and (not self.ahead or len(self._held)*self._bytes()
             > self.hold): self._held.popitem(last=False)
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CSS', 'nice', 'Report', 'table_html', 'picture_uri']
 
-# %% ../../nbs/core/report.ipynb #9d0d7b07
-import base64,html,io,mimetypes,numbers,re
+# %% ../../nbs/core/report.ipynb #b5f9c3cc
+import base64,html,io,mimetypes,numbers,os,re
 from pathlib import Path
+from urllib.parse import quote
 import cv2
 from fastcore.basics import patch
 from jinja2 import Environment
@@ -93,12 +94,16 @@ class Report:
         "A link, relative to the report's folder."
         return self._add(f'<p><a href="{_esc(href)}">{_esc(text)}</a></p>')
 
-# %% ../../nbs/core/report.ipynb #de082eb7
+# %% ../../nbs/core/report.ipynb #9b39a2be
 @patch
-def html(self:Report) -> str:
+def html(
+    self:Report,
+    top=".",  # the folder that the page will lie in
+) -> str:
     "The whole page."
     return Environment(autoescape=True).from_string(_page).render(
-        title=self.title, promise=self.promise, css=CSS, parts=self.parts)
+        title=self.title, promise=self.promise, css=CSS,
+        parts=[p(top) if callable(p) else p for p in self.parts])
 
 @patch
 def write(
@@ -106,7 +111,7 @@ def write(
     path,  # the file, usually report.html
 ):
     "Write the page to `path`, whole or not at all."
-    text = self.html()
+    text = self.html(Path(path).parent)
     with atomic(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
 def _esc(s): return html.escape(str(s))
@@ -156,7 +161,7 @@ def picture_uri(
         data = Path(pic).read_bytes()
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
-# %% ../../nbs/core/report.ipynb #93a20df1
+# %% ../../nbs/core/report.ipynb #47e97ff9
 @patch
 def table(self:Report, rows, head=None, most:int=200):
     "A table, see `table_html`."
@@ -164,14 +169,23 @@ def table(self:Report, rows, head=None, most:int=200):
 
 @patch
 def picture(self:Report, pic,  # see `picture_uri`
-             caption:str="", alt:str=""):
-    "A picture or film, stored in the page."
-    uri = picture_uri(pic)
-    film = uri.startswith("data:video")
-    tag = (f'<video controls src="{uri}"></video>' if film
-           else f'<img alt="{_esc(alt or caption)}" src="{uri}">')
+             caption:str="", alt:str="",
+             most:int=20_000_000,  # bytes of a film that the page holds
+    ):
+    "A picture or film, in the page; a large film stays a file beside it."
+    if big := _is_film(pic) and Path(pic).stat().st_size > most:
+        caption += f" The film is `{Path(pic).name}`, beside this page."
     cap = f"<figcaption>{_inline(caption)}</figcaption>" if caption else ""
-    return self._add(f"<figure>{tag}{cap}</figure>")
+    def show(uri): return "<figure>" + (
+        f'<video controls src="{uri}"></video>' if _is_film(pic) else
+        f'<img alt="{_esc(alt or caption)}" src="{uri}">') + f"{cap}</figure>"
+    return self._add((lambda top: show(quote(os.path.relpath(pic, top))))
+                     if big else show(picture_uri(pic)))
+
+def _is_film(pic):
+    "Whether `pic` is a film's file."
+    return isinstance(pic, (str, Path)) and (mimetypes.guess_type(str(pic))[0]
+                                             or "").startswith("video")
 
 @patch
 def fold(

@@ -7,10 +7,10 @@ __all__ = ['versions', 'commit', 'device', 'cores', 'rank', 'Result', 'Run', 'lo
            'seed_all', 'rng_state', 'set_rng_state', 'ship', 'settings', 'assets', 'shipped', 'profile_values',
            'profiles', 'main']
 
-# %% ../../nbs/core/runs.ipynb #7a7e4b81
+# %% ../../nbs/core/runs.ipynb #8b31a40e
 import importlib.metadata,importlib.util,json,os,platform,shutil
 import subprocess,sys,time
-import errno,random,traceback
+import random,traceback
 from dataclasses import asdict,dataclass,field
 from pathlib import Path
 import numpy as np
@@ -150,21 +150,21 @@ def aside(self:Run):
     n = next(n for n in range(1, 10**6) if not old(n).exists())
     os.rename(self.folder, old(n)); held.release()
 
-# %% ../../nbs/core/runs.ipynb #de3273e2
+# %% ../../nbs/core/runs.ipynb #83a61718
 @patch
 def _failed(self:Run, kind, err):
     "Keep in the log why the run ended; name the way on where a disk is full."
-    full = isinstance(err, OSError) and err.errno in (
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = disk_full(err)
     if not issubclass(kind, (KeyboardInterrupt, SystemExit)):
         try: self._write(str(err) if isinstance(err, InputError) or full
             else "".join(traceback.format_exception(err)))
         except OSError: pass  # the log is on the same full disk
-    if full: raise InputError(f"no room on the disk ({err.strerror})",
-        err.filename or self.folder, fix="free some space and start the same "
-        "command again: what was finished is kept") from err
+    why = getattr(err, "strerror", None) or str(err).splitlines()[0]
+    if full: raise InputError(f"no room on the disk ({why})",
+        getattr(err, "filename", None) or self.folder, fix="free some space "
+        "and start the same command again: what was finished is kept") from err
 
-# %% ../../nbs/core/runs.ipynb #e7796e02
+# %% ../../nbs/core/runs.ipynb #ffa1e6f9
 @patch
 def _open(self:Run):
     "Compare with an earlier start, write config.json, find a result."
@@ -179,6 +179,7 @@ def _open(self:Run):
         new["starts"] = old.get("starts", []) + new["starts"]
     if (self.folder/"metrics.json").exists():
         self.done = load_result(self.folder); return
+    sweep(self.folder)  # a killed start could not
     write_json(path, new)
     again = len(new["starts"]) > 1
     self.log(f"{self.stage} {'resumes' if again else 'starts'} in "
