@@ -310,7 +310,7 @@ def _beside(mine, others):
         fig |= {f"gain/{k}": at, f"gain/{k}/low": lo, f"gain/{k}/high": hi}
     return fig
 
-# %% ../nbs/train_tracker.ipynb #628b2f47
+# %% ../nbs/train_tracker.ipynb #8b3d318f
 def info(
     cfg:Config,
     model:MOTRv2,
@@ -322,7 +322,7 @@ def info(
         provenance=dict(data="crowdlens world, court", licence="Apache-2.0",
             detector=f"simulated, {cfg.style}",
             command="python -m crowdlens.train_tracker -f court" + (
-                ", then -f court_long" if cfg.start else "")))
+                ", then -f court_long and -f court_last" if cfg.start else "")))
 
 def run(cfg:Config) -> runs.Result:
     "Train, judge, and keep what came out."

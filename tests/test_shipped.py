@@ -60,3 +60,6 @@ def test_readme_says_what_was_measured():
     m = metrics("actions_ia")
     has("actions_ia", **{f"{w} {a}": m[f"{w}/{a}"] for w in ("without", "all") for a in (
         "another jumps", "ball flies", "after a jump")})
+    m = metrics("tracker")
+    has("tracker", **{k: m[p + k] for k in ("HOTA", "DetA", "AssA") for p in ("", "bytetrack/")})
+    assert f"{m['IDSW']} id switches" in rows["tracker"]
