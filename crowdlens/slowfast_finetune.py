@@ -171,7 +171,7 @@ def labels_of(
     return tuple(group_of(n, len(i), e) for n,e,i in got), [
         k for *_,i in got for k in i]
 
-# %% ../nbs/06_slowfast_finetune.ipynb #0762f0a4
+# %% ../nbs/06_slowfast_finetune.ipynb #748b063f
 def network(
     cfg:Config,
     groups,  # of Group
@@ -180,8 +180,7 @@ def network(
     "The detector that a run begins with."
     w = cfg.weights
     if w == "tiny":  # the one that ships; a fresh one where it is not
-        here = runs.assets()/"data"/"tiny"/"actions"
-        w = str(here) if here.is_dir() else ""
+        w = str(runs.shipped("actions") or "")
     if w and Path(w).is_dir():
         old = still(load_folder(w, no_head=cfg.no_head, groups=groups if
                                 cfg.no_head else None), cfg.frozen_bn)
@@ -631,13 +630,13 @@ def _judge(cfg, r):
     return r.finish(figs, page, ["map_50", "chance/map_50"], pic,
                     dict(results=csv))
 
-# %% ../nbs/06_slowfast_finetune.ipynb #9d419657
+# %% ../nbs/06_slowfast_finetune.ipynb #16a89f8a
 def open_actions(
     cfg:Config,
 ):  # ActionDetector, names of its actions, their ids
     "The network that a film is shown to."
     w = cfg.weights
-    if w == "tiny": w = runs.assets()/"data"/"tiny"/"actions"
+    if w == "tiny": w = runs.shipped("actions") or w
     model = (load_folder(w) if Path(w).is_dir() else
              load(w, cfg.arch, cfg.ia or None))
     info, n = getattr(model, "info", None) or {}, model.config.classes
@@ -672,14 +671,14 @@ def _predict(cfg, r):
     return r.finish(figs, page, ["seconds"], "", dict(results=csv,
                                                       actions=who))
 
-# %% ../nbs/06_slowfast_finetune.ipynb #c9c20abe
+# %% ../nbs/06_slowfast_finetune.ipynb #c0e63b6d
 def _prepare(cfg, r):
     "Clips, key frames, lists and boxes from films."
     if runs.rank(): return r.finish({})
     from crowdlens.models.detector import Detector
     to = Path(cfg.to) if cfg.to else r.folder/"set"
     finder = cfg.detector
-    if finder == "tiny": finder = runs.assets()/"data"/"tiny"/"court"
+    if finder == "tiny": finder = runs.shipped("court")
     figs = prepare(cfg.data, to, cfg.train_split, finder and Detector(finder),
         cfg.boxes, cfg.person, round(cfg.begin), folder=r.folder/"found",
         pattern=cfg.pattern)
