@@ -7,8 +7,8 @@ __all__ = ['STAGE', 'LEAD', 'check', 'DataAndModel', 'Config', 'spread', 'load',
            'from_checkpoint', 'recommend', 'from_guide', 'encode', 'decode', 'pick_precision', 'training_args',
            'crowded_batch', 'try_step', 'sizes_of', 'probe', 'forecast', 'forecasts', 'too_long', 'train', 'keep_maps',
            'shrink', 'stopped_early', 'provenance', 'tensorboard', 'tell_trackio', 'make_trainer', 'shared_classes',
-           'keep_worst', 'judge', 'look', 'merge_worst', 'curves', 'features_picture', 'boxes_page', 'add_failures',
-           'report', 'run', 'share']
+           'keep_worst', 'judge', 'look', 'merge_worst', 'curves', 'features_picture', 'add_failures', 'report', 'run',
+           'share']
 
 # %% ../nbs/03_detr_dinov3.ipynb #c399ad61
 import gc,math,os,time
@@ -656,40 +656,20 @@ def curves(rows:list[dict]):  # of the run's history
     for ax in (a, b): ax.legend(fontsize=7) if ax.lines else None
     return fig
 
-# %% ../nbs/03_detr_dinov3.ipynb #4dabe67f
+# %% ../nbs/03_detr_dinov3.ipynb #f7a87461
 def features_picture(model, image, box:Letterbox):  # (H,W,3) uint8
     "The three directions in which the frozen features differ most, as RGB."
+    from crowdlens.models.detr_stories import feature_colors
     canvas, place = letterbox(image, box)
     x = torch.from_numpy(normalise(canvas, place))[None]
     with torch.no_grad():
         f = model.model.backbone.maps(x.to(model.device))[-1][0].float().cpu()
     h = max(1, place.valid[0]*f.shape[1]//place.canvas[0])
     w = max(1, place.valid[1]*f.shape[2]//place.canvas[1])
-    v = f[:, :h, :w].flatten(1).T
-    v = v - v.mean(0); _, _, q = torch.linalg.svd(v, full_matrices=False)
-    p = (v@q[:3].T).reshape(h, w, -1).numpy()
-    lo, hi = np.quantile(p, [.02, .98], (0, 1))
-    rgb = ((p - lo)/np.maximum(hi - lo, 1e-9)).clip(0, 1)*255
-    rgb = np.pad(rgb, ((0, 0), (0, 0), (0, 3 - rgb.shape[2])))
-    return cv2.resize(rgb.astype(np.uint8), image.shape[1::-1],
+    return cv2.resize(feature_colors(f[:, :h, :w]), image.shape[1::-1],
                       interpolation=cv2.INTER_NEAREST)
 
-def boxes_page(data:DetData, preds, rows, least:float=.3, names=(),
-               cols:int=2, # pictures side by side
-               size=(340, 210)):  # of a picture, pixels
-    "Truth and, to its right, detections of some images."
-    im, b, s, l = preds.arrays()
-    pics, caps = [], []
-    for i in rows:
-        pic, (gt, gl) = data.image(i), data.objects(i)
-        k = (im == data.image_ids[i]) & (s >= least)
-        pics += [plots.draw_boxes(pic, gt, gl, names),
-                 plots.draw_boxes(pic, b[k], l[k], names)]
-        caps += [f"{Path(data.files[i]).name}: {len(gt)} objects",
-                 f"{k.sum()} found at {least}"]
-    return plots.contact_sheet(pics, caps, cols, size)
-
-# %% ../nbs/03_detr_dinov3.ipynb #58120779
+# %% ../nbs/03_detr_dinov3.ipynb #22200ca1
 def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
     "Curves, confusions, and the worst images as a table and as pictures."
     table = preds.table(gt, val.ids)
@@ -698,14 +678,14 @@ def add_failures(page, run, gt, preds, val:DetData, names, least:float=.3):
     rows = [at[r["image_id"]] for r in
             detection_report.worst_images(gt, table, 16, least)]
     if not rows: return
-    page.picture(run.figure("worst", boxes_page(val, preds, rows, least,
-        names, 4, (240, 150))), "the worst, worst first: what is there, and "
-        "to its right what was found")
+    page.picture(run.figure("worst", val.beside(preds.arrays(), rows,
+        names, least, 4, (240, 150))), "the worst, worst first: what is "
+        "there, and to its right what was found")
     page.say("These images, with their boxes, are a COCO set in `worst/`: "
         "correct it in any labelling tool and put it back with "
         "`crowdlens.detr_dinov3.merge_worst`.")
 
-# %% ../nbs/03_detr_dinov3.ipynb #893e78b9
+# %% ../nbs/03_detr_dinov3.ipynb #d5d03581
 def report(cfg, run, figs, preds, val, model, box, plan=None, rows=()):
     "The page; gives it and the picture that stands for the run."
     names = [val.names[k] for k in val.ids]
@@ -723,8 +703,8 @@ def report(cfg, run, figs, preds, val, model, box, plan=None, rows=()):
     pic = None
     if len(val):
         most = np.argsort(-val.counts(), kind="stable")[:2]
-        pic = run.figure("most_crowded", boxes_page(val, preds, most,
-                                                    names=names))
+        pic = run.figure("most_crowded", val.beside(preds.arrays(),
+                                                       most, names))
         page.heading("The most crowded images").picture(pic,
             "left what is there, right what was found")
         one = val.image(int(most[0]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGE', 'LEAD', 'NOTE', 'edge_story', 'plot_edge', 'Basis', 'Training', 'Config', 'camera_set', 'spread', 'load',
-           'shipped', 'make_model', 'precision_of', 'forecast', 'train', 'curves', 'shown', 'report', 'to_tensorboard',
+           'weights_of', 'make_model', 'precision_of', 'forecast', 'train', 'curves', 'report', 'to_tensorboard',
            'eyes', 'evaluate', 'shared', 'look', 'meet', 'step_augment', 'predictions', 'fused_labels', 'step_label',
            'relative', 'labelled_set', 'pipeline', 'copies_alone', 'labels_alone', 'run']
 
@@ -239,16 +239,15 @@ def _beside(path):
     return str(p.with_suffix("")) if p.suffix == ".json" and p.with_suffix(
         "").is_dir() else ""
 
-# %% ../nbs/04_dfine_fisheye.ipynb #97eca16a
-def shipped(
+# %% ../nbs/04_dfine_fisheye.ipynb #a3969be5
+def weights_of(
     model:str,  # of a Config
 ):
-    "The path of a checkpoint that ships with crowdlens; else `model`."
-    here = runs.assets()/"data"/"tiny"/"street"
+    "`model`, or the path of the street's detector that ships."
     if model != "street": return model
-    if not here.is_dir(): raise InputError("the street's detector is not "
-        "here", here, fix="python -m crowdlens.train_world -f street")
-    return here
+    if here := runs.shipped("street"): return here
+    raise InputError("the street's detector is not here",
+                     fix="python -m crowdlens.train_world -f street")
 
 def make_model(cfg, names:list, say=print):
     "Network, geometry, mean and std; the classes are `names`."
@@ -259,7 +258,7 @@ def make_model(cfg, names:list, say=print):
         with checkpoints.seeded(cfg.seed): net = DFineForObjectDetection(
             dfine.size_config(cfg.model, names, num_denoising=cfg.denoising))
         return dfine.start_heads(net), box, (0.,)*3, (1.,)*3
-    ck = checkpoints.open(shipped(cfg.model)); net = ck.model
+    ck = checkpoints.open(weights_of(cfg.model)); net = ck.model
     if net.config.model_type != "d_fine": raise InputError(
         f"a {net.config.model_type} cannot be trained here", cfg.model,
         fix="take a D-FINE: n, s, m, l, x, a .pth, a checkpoint of one")
@@ -352,7 +351,7 @@ def _before(cfg, run, me, judged) -> dict:
     if run.main: write_json(note, figs)
     return figs
 
-# %% ../nbs/04_dfine_fisheye.ipynb #ad91e5fc
+# %% ../nbs/04_dfine_fisheye.ipynb #94bc5d48
 LEAD = ("map", "map_50", "f1_challenge_best", "f1")
 NOTE = ("A minute or two on a few pictures of one camera: this shows what "
     "fine-tuning is for, not what D-FINE can do. The epoch was chosen on the "
@@ -375,19 +374,7 @@ def curves(
     for ax in (a, b): ax.legend(fontsize=7)
     return fig
 
-def shown(data:DetData, preds, names, least:float=.3, n:int=2):
-    "The truth beside what was found, of some pictures."
-    im, b, s, l = preds.arrays(); pics, caps = [], []
-    for i in np.linspace(0, len(data) - 1, min(n, len(data))).astype(int):
-        pic, (gt, gl) = data.image(i), data.objects(i)
-        k = (im == data.image_ids[i]) & (s >= least)
-        pics += [plots.draw_boxes(pic, gt, gl, names),
-                 plots.draw_boxes(pic, b[k], l[k], names)]
-        caps += [f"{Path(data.files[i]).name}: {len(gt)} objects",
-                 f"{k.sum()} found at {least}"]
-    return plots.contact_sheet(pics, caps, 2, (300, 300))
-
-# %% ../nbs/04_dfine_fisheye.ipynb #63499d14
+# %% ../nbs/04_dfine_fisheye.ipynb #baa96edf
 def _train(cfg, run) -> runs.Result:
     "Train, judge the best epoch, report."
     me, tr, va, before, took = train(cfg, run)
@@ -422,7 +409,9 @@ def report(cfg, run, page, data, preds):
     gt = ground_truth(data); names = [data.names[k] for k in data.ids]
     figs = add_to(page, gt, preds.table(gt, data.ids))
     if run.main: write_json(run.folder/"results.json", preds.coco(data.ids))
-    pic = run.figure("found", shown(data, preds, names, cfg.least))
+    some = np.linspace(0, len(data) - 1, min(2, len(data))).astype(int)
+    pic = run.figure("found", data.beside(preds.arrays(), some, names,
+                                          cfg.least, 2, (300, 300)))
     page.heading("Some pictures").picture(pic, "left the truth, right what "
                                           "was found")
     return figs, pic
@@ -439,10 +428,10 @@ def to_tensorboard(
             for k,v in r.items():
                 if k != "step" and v is not None: w.add_scalar(k, v, r["step"])
 
-# %% ../nbs/04_dfine_fisheye.ipynb #fdbd01f5
+# %% ../nbs/04_dfine_fisheye.ipynb #387f3fb9
 def eyes(cfg, weights="") -> Detector:
     "A checkpoint that looks; `size` is of published weights, which say none."
-    ck = checkpoints.open(shipped(str(weights or cfg.model)))
+    ck = checkpoints.open(weights_of(str(weights or cfg.model)))
     bare = ck.model.config.model_type == "d_fine" and Path(
         ck.source).suffix in (".pth", ".pt")
     return Detector(ck, geometry=Letterbox(cfg.size, cfg.size, 32, "stretch")

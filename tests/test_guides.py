@@ -108,7 +108,7 @@ def test_volleyball(tmp_path, monkeypatch):
     worldfiles.write_mot(top / "train/game1", World("court", 5, 5, (160, 96), 10), 14)
     (top / "test").mkdir()
     worldfiles.write_world_film(top / "test/beach1.mp4", World("court", 10_005, 4, (160, 96), 10), 11)
-    shutil.copytree(runs.assets() / "data/tiny/court", tmp_path / "weights/detector")
+    shutil.copytree(runs.shipped("court"), tmp_path / "weights/detector")
     follow("volleyball", tmp_path, monkeypatch)
 
 

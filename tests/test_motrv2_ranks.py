@@ -13,6 +13,7 @@ import torch
 from test_detr_ranks import children
 
 from crowdlens import motrv2_embed as stage
+from crowdlens.core import runs
 from crowdlens.core.det_db import read_det_db
 from crowdlens.core.track_data import find_sequences
 from crowdlens.models.motrv2 import SMALL, MOTRv2
@@ -63,8 +64,8 @@ def test_two_processes_tune_as_one(killed):
     seq = find_sequences(folder.parents[1] / f".cache/world/tracks-{CFG['frames']}/court00000",
                          folder.parents[1] / f".cache/world/tracks-{CFG['frames']}")
     truth = {s.name: folder / "truth" / f"{s.name}.txt" for s in seq}
-    if (stage.shipped() / "crowdlens.json").exists():
-        m = stage.load(stage.shipped())
+    if small := runs.shipped("tracker"):
+        m = stage.load(small)
     else:
         torch.manual_seed(0)
         m = MOTRv2(SMALL).eval()

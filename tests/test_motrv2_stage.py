@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from crowdlens import motrv2_embed as S
+from crowdlens.core import runs
 from crowdlens.core.det_db import from_mot, write_det_db
 from crowdlens.core.files import InputError
 from crowdlens.core.mot import read_mot
@@ -48,7 +49,8 @@ def test_volleyball_from_frames_to_films(done):
 def test_only_the_vector_changes(done):
     from safetensors.torch import load_file
     torch.manual_seed(0)
-    fresh = once(MOTRv2(SMALL)) if not (S.shipped() / "crowdlens.json").exists() else once(S.load(S.shipped()))
+    small = runs.shipped("tracker")
+    fresh = once(S.load(small) if small else MOTRv2(SMALL))
     new = load_file(done.folder / "checkpoints/last/model.safetensors")
     assert [k for k in new if not torch.equal(new[k], fresh[k])] == ["yolox_embed.weight"]
     published = torch.load(done.folder / "checkpoints/epoch-0002/checkpoint0001.pth", weights_only=True)["model"]

@@ -53,7 +53,7 @@ def test_a_stopped_run_does_not_detect_twice(film, tmp_path, monkeypatch):
 def test_what_is_missing_is_said_before_the_work(film, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such film"):
         config(tmp_path / "none.mp4", tmp_path)
-    monkeypatch.setattr(stage, "shipped", lambda what: None)
+    monkeypatch.setattr(stage.runs, "shipped", lambda name: None)
     with pytest.raises(InputError, match="no tracker ships"):
         stage.run(config(film, tmp_path))
     assert not (tmp_path / stage.STAGE / "t" / "detections.jsonl").exists()
@@ -97,3 +97,33 @@ def test_real_sequences_with_their_own_truth_as_tracks(shared, tmp_path, name):
     (tmp_path / "gt.txt").write_text("\n".join(rows) + "\n")
     res = stage.run(config(some, tmp_path, tracks=str(tmp_path / "gt.txt")))
     assert res.metrics["frames"] == 6 and (res.folder / "annotated.mp4").is_file()
+
+
+def test_a_network_that_remembers_hears_of_other_seconds_as_in_stage_06(film, tmp_path):
+    import torch
+
+    from crowdlens import slowfast_finetune as stage06
+    from crowdlens.core.clips import open_frames
+    from crowdlens.core.mot import mot_rows, save_mot
+    from crowdlens.models import film_steps as steps
+    from crowdlens.models.action_loss import Group
+    from crowdlens.models.slowfast import TINY, ActionConfig, fresh
+    from crowdlens.models.slowfast_interaction import Interaction
+    rows = read_mot(film.parent / "gt.txt")
+    rows = rows[rows.cls == 1]
+    wide = mot_rows(rows.frame, rows.id, rows.boxes_xywh + [0, 0, 1, 1])  # stage 06 counts the last pixel in
+    save_mot(tmp_path / "people.txt", wide)
+    ia = Interaction("serial", dim=TINY.dim, inner=16, out=TINY.dim, before=1, after=1)
+    net = fresh(ActionConfig(TINY, (Group("all", 2, False, 2.0),), 16, ia=ia), 1).eval()
+    torch.manual_seed(0)
+    for p in net.roi_heads.parameters():  # the start is zero: memory would not count; so it moves scores by .01
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, 0, 0.3)
+    net.info = dict(rule=dict(short=96, long=160))
+    got = list(steps.name_actions(net, film, rows, open_frames(film).times))
+    cfg = stage06.Config(name="t", mode="predict", data=str(film), boxes=str(tmp_path / "people.txt"), weights="tiny")
+    want = list(stage06.predict(cfg, net, film, tmp_path / "people.txt", [1, 2]))
+    assert [s.second for s in got] == [s.frame.second for s in want] == [0, 1, 2]
+    for a, b in zip(got, want):
+        assert a.ids.tolist() == b.ids.tolist()
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DetData', 'from_yolo', 'from_coco', 'open_data']
 
-# %% ../../nbs/core/detection_data.ipynb #4249abac
+# %% ../../nbs/core/detection_data.ipynb #9ee1b124
 import os
 from dataclasses import dataclass,field
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from fastcore.basics import patch
 from .files import InputError,read_json,safe_join
 from .images import read_image
+from .plots import contact_sheet,draw_boxes
 from .yolo import index
 
 # %% ../../nbs/core/detection_data.ipynb #da278e9f
@@ -155,7 +156,7 @@ def from_coco(path, # an instances JSON
     d.areas = np.where(np.isfinite(d.areas), d.areas, bw)
     return _clean(d, row)
 
-# %% ../../nbs/core/detection_data.ipynb #084fd74f
+# %% ../../nbs/core/detection_data.ipynb #cef97e6a
 def _boxes(anns, path):
     "(N,4) corners of the annotations' boxes."
     try: xywh = np.array([a["bbox"] for a in anns], np.float64
@@ -207,3 +208,24 @@ def coco(self:DetData) -> dict:
         annotations=[dict(id=k, image_id=i, bbox=x, area=a, category_id=c,
             iscrowd=int(z)) for k,(i,x,a,c,z) in enumerate(rows, 1)],
         categories=[dict(id=k, name=n) for k,n in self.names.items()])
+
+# %% ../../nbs/core/detection_data.ipynb #3e564cf1
+@patch
+def beside(self:DetData,
+    found,  # (D,) image ids, (D,4) boxes_xyxy, (D,) scores, (D,) labels
+    rows,  # numbers of the images
+    names=(),  # of the labels
+    least:float=.3,  # score from which a detection is drawn
+    cols:int=2,  # pictures side by side
+    size:tuple=(340, 210),  # (w, h) of each, pixels
+) -> np.ndarray:  # (H,W,3) uint8
+    "Truth and, to its right, detections of some images."
+    im, b, s, l = found; pics, caps = [], []
+    for i in rows:
+        pic, (gt, gl) = self.image(i), self.objects(i)
+        k = (im == self.image_ids[i]) & (s >= least)
+        pics += [draw_boxes(pic, gt, gl, names),
+                 draw_boxes(pic, b[k], l[k], names)]
+        caps += [f"{Path(self.files[i]).name}: {len(gt)} objects",
+                 f"{k.sum()} found at {least}"]
+    return contact_sheet(pics, caps, cols, size)

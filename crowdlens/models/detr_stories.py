@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EYE', 'scenes', 'targets', 'pixels', 'score', 'small_detr', 'library_start', 'overfit', 'committed', 'close_ups',
            'patches', 'first_train', 'frozen_maps', 'mirrored', 'head_on', 'learn', 'compare_eyes', 'plot_eyes', 'ship',
-           'shipped', 'feature_colors', 'look_inside', 'on_patches', 'patch_picture']
+           'story_net', 'feature_colors', 'look_inside', 'on_patches', 'patch_picture']
 
-# %% ../../nbs/models/detr_stories.ipynb #8870c87a
+# %% ../../nbs/models/detr_stories.ipynb #7046eceb
 import time
 from pathlib import Path
 import cv2
@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..core import plots
 from ..core.detection_data import DetData
 from ..core.letterbox import MEAN,STD,Letterbox,letterbox,place
-from ..core.runs import assets
+from ..core.runs import assets,shipped
 from ..core.world import World
 from ..core.worldfiles import labelled,pick_frames
 from ..metrics.detection import evaluate
@@ -230,7 +230,7 @@ def first_train(
         opt.zero_grad(); loss.backward(); opt.step(); fall.step()
     return eye
 
-# %% ../../nbs/models/detr_stories.ipynb #97fa6dbc
+# %% ../../nbs/models/detr_stories.ipynb #0cba20f6
 def frozen_maps(
     model,  # of `head_on`
     x,  # (N,3,H,W) pixels
@@ -327,7 +327,7 @@ def plot_eyes(
     ax.set(xlabel="epoch", ylabel="mAP50, held-out pictures", ylim=(0, None))
     ax.legend(); return fig
 
-# %% ../../nbs/models/detr_stories.ipynb #fec43a8e
+# %% ../../nbs/models/detr_stories.ipynb #5ab9e5b0
 def ship(
     model,  # of `head_on`
     folder,
@@ -336,17 +336,17 @@ def ship(
     model.half().save_pretrained(folder); model.float()
     (Path(folder)/"model.safetensors").chmod(0o644)
 
-def shipped(folder="", # empty: data/tiny/story
-            attention:bool=False):  # whether it can say where it looks
+def story_net(folder="", # empty: the one that ships
+              attention:bool=False):  # whether it can say where it looks
     "The small net of this page, frozen."
     how = dict(attn_implementation="eager") if attention else {}
     bar = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
-    try: net = DetrForObjectDetection.from_pretrained(folder or assets()/
-        "data"/"tiny"/"story", dtype=torch.float32, **how)
+    try: net = DetrForObjectDetection.from_pretrained(
+        folder or shipped("story"), dtype=torch.float32, **how)
     finally: bar and logging.enable_progress_bar()
     return arrange(net).eval()
 
-# %% ../../nbs/models/detr_stories.ipynb #469f405a
+# %% ../../nbs/models/detr_stories.ipynb #258468d5
 def feature_colors(
     maps,  # (C,h,w) of a backbone
 ): # (h,w,3) uint8
@@ -356,11 +356,12 @@ def feature_colors(
     p = (v@torch.linalg.svd(v, full_matrices=False)[2][:3].T).numpy()
     lo, hi = np.quantile(p, [.02, .98], 0)
     rgb = ((p-lo)/np.maximum(hi-lo, 1e-9)).clip(0, 1)*255
+    rgb = np.pad(rgb, ((0, 0), (0, 3 - rgb.shape[1])))  # of few patches
     return rgb.astype(np.uint8).reshape(h, w, 3)
 
 @torch.no_grad()
 def look_inside(
-    net,  # of `shipped(attention=True)`
+    net,  # of `story_net(attention=True)`
     pics,  # (n,64,64,3) uint8
     data:DetData,  # what is on them
     side:int=150,  # of a picture, pixels

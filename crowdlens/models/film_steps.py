@@ -6,20 +6,21 @@
 __all__ = ['detect', 'lines_of_results', 'persons', 'proposals', 'byte_tracks', 'motr_tracks', 'save_tracks', 'Second',
            'seconds_of', 'name_actions', 'action_rows']
 
-# %% ../../nbs/models/film_steps.ipynb #b4bd1fe3
-import json
+# %% ../../nbs/models/film_steps.ipynb #da841ada
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..core.action_data import ActionClips,ActionData,KeyFrame
 from ..core.ava import ava_rows
-from ..core.clips import normalise,open_frames,pack,read_clip
+from ..core.clips import open_frames
 from ..core.coco import LabelMap
-from ..core.files import InputError,atomic,read_json
+from ..core.files import InputError,atomic
 from ..core.frames import read_frames
 from ..core.mot import MotRows,mot_rows,read_mot
-from .action_running import rule_of
-from crowdlens.models.film_detect import (film_detections,of_line,to_line,
-    whole_lines)
+from .action_running import act,rule_of
+from .film_detect import (film_detections,of_line,
+    read_rows,to_line,whole_lines)
 
 # %% ../../nbs/models/film_steps.ipynb #8636e4ed
 def detect(
@@ -34,30 +35,32 @@ def detect(
     for n,*_ in film_detections(detector, source, path, batch, threshold): pass
     return n
 
-# %% ../../nbs/models/film_steps.ipynb #ac6f4e7e
+# %% ../../nbs/models/film_steps.ipynb #aac58cf4
 def lines_of_results(
     path,  # detections.jsonl, written whole
     results,  # COCO results: a JSON list
     frames:int,  # of the film
 ) -> LabelMap:  # the file's categories, without names
     "Results of another program as lines, a frame each."
-    rows, src = read_json(results), Path(results)
-    if not isinstance(rows, list): raise InputError("not a list of results",
-        src, fix="a COCO results file is a JSON list of detections")
-    found = {}
-    for i,r in enumerate(rows, 1):
+    cols, src = array("d"), Path(results)
+    for i,r in enumerate(read_rows(results), 1):
         try: k, c = int(r["image_id"]), int(r["category_id"])
         except (KeyError, TypeError, ValueError): raise InputError(
             f"entry {i} lacks image_id or category_id", src) from None
         if not 1 <= k <= frames: raise InputError(f"entry {i} is of image "
             f"{k}, the film has frames 1 to {frames}", src,
             fix="image_id is the number of the frame, from 1")
-        found.setdefault(k, []).append((c, *_box(r, i, src)))
-    ids = sorted({c for v in found.values() for c,*_ in v})
+        cols.extend((k, c, *_box(r, i, src)))
+    t = np.array(cols).reshape(-1, 7)
+    t = t[np.lexsort((-t[:,2], t[:,0]))]  # frame by frame, best first
+    ids = np.unique(t[:,1]).astype(int)
     with atomic(path) as tmp, open(tmp, "w", encoding="utf-8") as f:
-        for k in range(1, frames + 1): f.write(to_line(k, _arrays(
-            found.get(k, []), ids)))
-    return LabelMap(tuple(ids), tuple(str(i) for i in ids))
+        for k in range(1, frames + 1):
+            a, b = np.searchsorted(t[:,0], [k, k + 1])
+            f.write(to_line(k, (t[a:b,3:], t[a:b,2],
+                                np.searchsorted(ids, t[a:b,1]))))
+    ids = tuple(ids.tolist())
+    return LabelMap(ids, tuple(str(i) for i in ids))
 
 def _box(r, i, src):
     "Score and corners of a result."
@@ -67,12 +70,6 @@ def _box(r, i, src):
     if not np.isfinite([x, y, w, h, s]).all(): raise InputError(
         f"entry {i} holds a number that is none", src)
     return s, x, y, x + w, y + h
-
-def _arrays(rows, ids):
-    "Boxes, scores and labels, best first."
-    rows = sorted(rows, key=lambda r: -r[1])
-    return ([r[2:] for r in rows], [r[1] for r in rows],
-            [ids.index(r[0]) for r in rows])
 
 # %% ../../nbs/models/film_steps.ipynb #655f8f3c
 def persons(
@@ -95,10 +92,12 @@ def proposals(
         c = np.concatenate([b[:,:2] + b[:,2:], 2*(b[:,2:] - b[:,:2])], 1)/2
         yield np.c_[c/[w, h, w, h], s]
 
-# %% ../../nbs/models/film_steps.ipynb #d5518e54
+# %% ../../nbs/models/film_steps.ipynb #a92ef864
 def byte_tracks(
     found,  # from `persons`
     fps:float=25,  # frames a second
+    birth:float=.6,  # score from which a track may begin
+    high:float=.5,  # score from which a box is matched first
 ):  # yields ids (n,), boxes_xyxy (n,4), scores (n,) of a frame
     "Persons followed by where their boxes move."
     try: from trackers import ByteTrackTracker
@@ -106,7 +105,8 @@ def byte_tracks(
         fix="pip install --no-deps trackers pydeprecate; or give a "
         "MOTRv2 checkpoint") from None
     import supervision as sv
-    t = ByteTrackTracker(frame_rate=fps)
+    t = ByteTrackTracker(frame_rate=fps, high_conf_det_threshold=high,
+                         track_activation_threshold=birth)
     for b,s in found:
         d = t.update(sv.Detections(xyxy=b, confidence=s,
                                    class_id=np.zeros(len(b), int)))
@@ -162,7 +162,7 @@ def seconds_of(
     whole = np.arange(int(np.ceil(t[0])), int(np.floor(t[-1])) + 1)
     return [(int(s), int(np.abs(t - s).argmin()) + 1) for s in whole]
 
-# %% ../../nbs/models/film_steps.ipynb #372aec0a
+# %% ../../nbs/models/film_steps.ipynb #514cde97
 def name_actions(
     model,  # an ActionDetector
     source,  # a film, or a folder of frames
@@ -171,20 +171,22 @@ def name_actions(
     progress=iter,  # wraps the seconds
 ):  # yields a `Second`
     "What the persons of each second do."
-    import torch
-    rule, film = rule_of(model), open_frames(source, ahead=True)
-    for s,f in progress(seconds_of(times)):
-        who = rows.at(f)
-        if not len(who): continue
-        slow, fast, (w, h) = read_clip(film, s, rule)
-        size = slow.shape[1:3]
-        b = who.boxes_xyxy*np.tile(np.array(size[::-1])/(w, h), 2)
-        b = b.clip(0, [*size[::-1]]*2)
-        x, y = (torch.from_numpy(pack([normalise(v, rule)]))
-                for v in (slow, fast))
-        with torch.inference_mode():
-            got = model(x, y, [torch.from_numpy(b).float()], sizes=[size])
-        yield Second(s, f, who.id, who.boxes_xyxy, got.scores.numpy())
+    film, at = open_frames(source, ahead=True), dict(seconds_of(times))
+    size = film.fetch([0])[0].shape[1::-1]
+    def people(s):
+        who = rows.at(at[s])
+        return who[np.argsort(-who.conf, kind="stable")]
+    clips = ActionClips(ActionData([_key(s, size, people(s)) for s in at], {}),
+                        lambda movie: film, rule_of(model))
+    for k in act(model, progress(clips), 1):
+        s = k.frame.second; who = people(s)
+        yield Second(s, at[s], who.id, who.boxes_xyxy, k.scores)
+
+def _key(s, size, who):
+    "A second as stage 06 has it: its people in pixels inside the picture."
+    none = np.zeros((0, 4), np.float32)
+    return KeyFrame(s, "film", s, size, none, [], np.zeros(0, int),
+        who.boxes_xyxy.clip(0, [*size]*2).astype(np.float32), who.conf, who.id)
 
 def action_rows(
     movie:str,  # its name in the file
