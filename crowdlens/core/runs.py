@@ -88,7 +88,7 @@ class Result:
             + (f'<img style="max-width:40rem" src="{picture_uri(pic)}">'
                if pic and pic.is_file() else ""))
 
-# %% ../../nbs/core/runs.ipynb #e4773c5a
+# %% ../../nbs/core/runs.ipynb #8b80061b
 class Run:
     "The folder of one run of a stage, opened with `with`."
     def __init__(self,
@@ -107,7 +107,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.folder)
         try: self._open()
-        except BaseException: self._lock.release(); raise
+        except BaseException as e:
+            self._lock.release()
+            if disk_full(e): self._failed(type(e), e)
+            raise
         return self
 
     def __exit__(self, kind, err, tb):
@@ -150,7 +153,7 @@ def aside(self:Run):
     n = next(n for n in range(1, 10**6) if not old(n).exists())
     os.rename(self.folder, old(n)); held.release()
 
-# %% ../../nbs/core/runs.ipynb #83a61718
+# %% ../../nbs/core/runs.ipynb #0659dcd3
 @patch
 def _failed(self:Run, kind, err):
     "Keep in the log why the run ended; name the way on where a disk is full."
@@ -159,8 +162,9 @@ def _failed(self:Run, kind, err):
         try: self._write(str(err) if isinstance(err, InputError) or full
             else "".join(traceback.format_exception(err)))
         except OSError: pass  # the log is on the same full disk
-    why = getattr(err, "strerror", None) or str(err).splitlines()[0]
-    if full: raise InputError(f"no room on the disk ({why})",
+    if not full: return
+    why = getattr(err, "strerror", None) or str(err).split("\n")[0]
+    raise InputError(f"no room on the disk ({why})",
         getattr(err, "filename", None) or self.folder, fix="free some space "
         "and start the same command again: what was finished is kept") from err
 

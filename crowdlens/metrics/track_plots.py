@@ -31,19 +31,21 @@ def _palette(n=96):
     import supervision as sv
     return sv.ColorPalette([sv.Color(*id_color(i)[::-1]) for i in range(n)])
 
-# %% ../../nbs/metrics/track_plots.ipynb #f0414330
+# %% ../../nbs/metrics/track_plots.ipynb #d418fc48
 class Painter:
     "Draws one video's tracks, frame after frame."
     def __init__(self,
         trail:int=15,  # frames of path behind each box, 0: none
         numbers:bool=True,  # write the numbers
-        thickness:int=2,  # of lines, pixels
+        height:int=480,  # of the frames, pixels: larger ones, thicker lines
     ):
         import supervision as sv
+        scale = max(1., height/480); thickness = round(2*scale)
         how = dict(color=_palette(), color_lookup=sv.ColorLookup.TRACK)
         self.sv, self.box = sv, sv.BoxAnnotator(thickness=thickness, **how)
-        self.label = sv.LabelAnnotator(text_scale=.38, text_padding=2,
-            text_color=sv.Color(20, 20, 20), **how) if numbers else None
+        self.label = sv.LabelAnnotator(text_scale=.38*scale, text_padding=
+            thickness, text_thickness=round(scale), text_color=sv.Color(20, 20,
+            20), **how) if numbers else None
         self.path = sv.TraceAnnotator(trace_length=trail, thickness=thickness,
             position=sv.Position.BOTTOM_CENTER, **how) if trail else None
 
@@ -67,7 +69,7 @@ class Painter:
             out, det, [str(i) for i in ids])
         return out
 
-# %% ../../nbs/metrics/track_plots.ipynb #dc5f6dc6
+# %% ../../nbs/metrics/track_plots.ipynb #c938c3b4
 def tracked_frames(
     seq:Sequence,
     results:dict,  # caption -> MotRows; more than one: side by side
@@ -76,7 +78,8 @@ def tracked_frames(
     trail:int=15,  # frames of path
 ):  # yields (H, W, 3) uint8 RGB
     "The frames with each tracker's tracks."
-    paint = {k: Painter(trail) for k in results}
+    high = len(seq) and seq.image(1).shape[0]
+    paint = {k: Painter(trail, height=high) for k in results}
     none = np.empty((0, 4))
     for f in range(1, len(seq) + 1):
         im = seq.image(f)
