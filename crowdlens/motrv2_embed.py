@@ -104,7 +104,7 @@ class Config(Data):
         if self.data != "world" and (self.shifted or self.control): raise (
             InputError("shifted and control need data=world"))
 
-# %% ../nbs/05_motrv2_embed.ipynb #874446a2
+# %% ../nbs/05_motrv2_embed.ipynb #9f5556ab
 _ARGS = dict(lr="lr", epochs="epochs", epoch="epochs", weight_decay=
     "weight_decay", sampler_lengths=
     "sampler_lengths", sample_interval="sample_interval", det_db="det_db",
@@ -117,7 +117,7 @@ def from_guide(
     path,  # @file.args of the published programs
 ) -> dict:
     "Parameters of this stage from arguments of the published ones."
-    words, out, known = shlex.split(read_text(path), comments=True), {}, True
+    words, out = shlex.split(read_text(path), comments=True), {}
     for i,w in enumerate(words):
         if not w.startswith("--"): continue
         key, eq, val = w[2:].partition("=")
@@ -442,9 +442,8 @@ def _checkpoint(cfg, r, model, epoch):
     r.save(f"epoch-{epoch:04}", once(model), info, more=lambda folder:
         save_published(folder/f"checkpoint{epoch-1:04}.pth", model, epoch-1))
 
-# %% ../nbs/05_motrv2_embed.ipynb #590bcfee
+# %% ../nbs/05_motrv2_embed.ipynb #11425c5f
 def variants(
-    cfg:Config,
     dbs:dict,  # from `det_dbs`
     maps:dict,  # from `curves`
     vectors:dict,  # from `tuned_vectors`
@@ -618,7 +617,7 @@ def _tuning(cfg, r, page, model, vectors, steady, figs, counts):
     kept = r.folder/"comparison.json"
     if kept.is_file(): write_json(kept, read_json(kept) | dict(moved=far))
 
-# %% ../nbs/05_motrv2_embed.ipynb #7381a04e
+# %% ../nbs/05_motrv2_embed.ipynb #a99bd2ba
 def run(cfg:Config) -> runs.Result:
     "The whole stage: learn, track each way, compare; or track alone."
     with runs.Run(STAGE, cfg) as r:
@@ -635,7 +634,7 @@ def run(cfg:Config) -> runs.Result:
         vectors = tuned_vectors(cfg, r, model, train, dbs, maps, labels) if (
             learn) else {}
         if not r.main: return runs.Result(r.folder)
-        tracks = track_all(cfg, r, model, test, variants(cfg, dbs, maps,
+        tracks = track_all(cfg, r, model, test, variants(dbs, maps,
                                                          vectors))
         return _finish(cfg, r, model, train, test, dbs, maps, vectors, tracks,
                        labels, odd)

@@ -6,7 +6,7 @@
 __all__ = ['detect', 'lines_of_results', 'persons', 'proposals', 'byte_tracks', 'motr_tracks', 'save_tracks', 'Second',
            'seconds_of', 'name_actions', 'action_rows']
 
-# %% ../../nbs/models/film_steps.ipynb #da841ada
+# %% ../../nbs/models/film_steps.ipynb #8e6b054d
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,10 @@ from ..core.action_data import ActionClips,ActionData,KeyFrame
 from ..core.ava import ava_rows
 from ..core.clips import open_frames
 from ..core.coco import LabelMap
+from ..core.det_db import suppress
 from ..core.files import InputError,atomic
 from ..core.frames import read_frames
-from ..core.mot import MotRows,mot_rows,read_mot
+from ..core.mot import MotRows,read_mot
 from .action_running import act,rule_of
 from .film_detect import (film_detections,of_line,
     read_rows,to_line,whole_lines)
@@ -71,16 +72,19 @@ def _box(r, i, src):
         f"entry {i} holds a number that is none", src)
     return s, x, y, x + w, y + h
 
-# %% ../../nbs/models/film_steps.ipynb #655f8f3c
+# %% ../../nbs/models/film_steps.ipynb #f03b2e86
 def persons(
     path,  # detections.jsonl
     label:int,  # of persons
-    threshold:float=.05,  # least score
+    threshold:float=.3,  # least score
+    overlap:float=.7,  # IoU over which the weaker of two boxes goes
 ):  # yields boxes_xyxy (n,4), scores (n,) of a frame
-    "The persons of each frame."
+    "The persons of each frame, best first."
     for r in whole_lines(path):
-        b, s, l = of_line(r); k = (l == label) & (s >= threshold)
-        yield b[k], s[k]
+        b, s, l = of_line(r); k = l == label
+        got = suppress(np.c_[b[:,:2], b[:,2:] - b[:,:2], s][k], overlap,
+                       threshold)
+        yield np.c_[got[:,:2], got[:,:2] + got[:,2:4]], got[:,4]
 
 def proposals(
     found,  # from `persons`
