@@ -27,9 +27,8 @@ from .models.motrv2 import Design,MOTRv2,SMALL,once,twice
 from .models.motrv2_loss import Forget,clip_loss
 from .models.small_tracker import *
 
-# %% ../nbs/train_tracker.ipynb #b3ef0558
+# %% ../nbs/train_tracker.ipynb #e8b66692
 STAGE = "train_tracker"
-
 @dataclass(kw_only=True)
 class Config(config.Config):
     "How a small tracker is trained on the court."
