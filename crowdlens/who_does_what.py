@@ -390,7 +390,7 @@ def save_actions(
             f.write(f"{m},{s:04d}," + ",".join(f"{v:.5f}" for v in b)
                     + f",{a},{c:.5f},{p}\n")
 
-# %% ../nbs/07_who_does_what.ipynb #f4e516b0
+# %% ../nbs/07_who_does_what.ipynb #16b1eea3
 def _finish(cfg, r, rows, times, acts, labels, said, names):
     "Timeline, report, figures."
     world = cfg.source == "world"
@@ -405,6 +405,7 @@ def _finish(cfg, r, rows, times, acts, labels, said, names):
     page.cards({k.replace("_", " "): fig[k] for k in key})
     page.picture(r.folder/"annotated.mp4", "Every person with a number; the "
         "action of the nearest second.").picture(line, "Who did what when.")
+    if bad := _warning(cfg): page.say(bad, "bad")
     if not names: page.say("No detector of actions was given, so that "
         "nobody's actions are named.", "dim")
     page.heading("Persons").table(person_rows(rows, times, acts))
