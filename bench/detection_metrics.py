@@ -15,32 +15,15 @@ import platform
 import resource
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-import venv
 import warnings
 from pathlib import Path
 
 import numpy as np
+import peers
 
 HERE = Path(__file__).resolve().parent
-TOP = HERE.parent
-ENV = TOP / ".venv-bench-detection"
-
-
-def peers_python():
-    "An interpreter that sees this environment's packages and the peers."
-    py, done = ENV / "bin/python", ENV / ".done"
-    want = (HERE / "requirements-detection.txt").read_text()
-    if not done.exists() or done.read_text() != want:
-        venv.create(ENV, with_pip=True)
-        site = next((ENV / "lib").glob("python*")) / "site-packages"
-        (site / "base.pth").write_text(f"{Path(np.__file__).parents[1]}\n{TOP}\n")
-        subprocess.run([py, "-m", "pip", "install", "-qq", "--no-deps", "-r", HERE / "requirements-detection.txt"],
-                       check=True)
-        done.write_text(want)
-    return str(py)
 
 
 def crowd(path, n, m=80, d=300, seed=0):
@@ -160,7 +143,7 @@ def main():
     a = p.parse_args()
     if a.side:
         return side(*a.side)
-    py, runs = peers_python(), dict(theirs=[], ours=[])
+    py, runs = peers.python("detection"), dict(theirs=[], ours=[])
 
     def run(*what):
         env = os.environ | {"OMP_NUM_THREADS": "1"}

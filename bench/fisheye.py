@@ -205,7 +205,7 @@ def augmentation(top, src, n, rounds):
 def fusion():
     "In the environment that has ensemble_boxes; fails where a bit differs."
     import detection_metrics as dm
-    r = subprocess.run([dm.peers_python(), dm.__file__, "--side", "fusion", "-"], check=True, capture_output=True,
+    r = subprocess.run([dm.peers.python("detection"), dm.__file__, "--side", "fusion", "-"], check=True, capture_output=True,
                        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     got = json.loads(r.stdout.splitlines()[-1])
     return {f"fuse/{k}": v for k, v in got.items()} | {"fuse/times as fast": got["ensemble_boxes, ms"] / got["wbf, ms"]}

@@ -16,32 +16,15 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-import venv
 from pathlib import Path
 
 import numpy as np
+import peers
 
 HERE = Path(__file__).resolve().parent
-TOP = HERE.parent
-ENV = TOP / ".venv-bench-tracking"
 LENGTHS = (600, 1050, 837, 525, 654, 900, 750)      # MOT17's training set
-
-
-def peers_python():
-    "An interpreter that sees this environment's packages and the peers."
-    py, done = ENV / "bin/python", ENV / ".done"
-    want = (HERE / "requirements-tracking.txt").read_text()
-    if not done.exists() or done.read_text() != want:
-        venv.create(ENV, with_pip=True)
-        site = next((ENV / "lib").glob("python*")) / "site-packages"
-        (site / "base.pth").write_text(f"{Path(np.__file__).parents[1]}\n{TOP}\n")
-        subprocess.run([py, "-m", "pip", "install", "-qq", "--no-deps", "-r", HERE / "requirements-tracking.txt"],
-                       check=True)
-        done.write_text(want)
-    return str(py)
 
 
 def write(top, people=21):
@@ -146,7 +129,7 @@ def main():
         figs, sec = SIDES[a.side[0]](Path(a.side[1]))
         print(json.dumps(dict(wall=sec, cpu=time.process_time() - t0, figures=figs)))
         return
-    py, got = peers_python(), {n: [] for n in SIDES}
+    py, got = peers.python("tracking"), {n: [] for n in SIDES}
     with tempfile.TemporaryDirectory() as tmp:
         boxes = write(Path(tmp))
         ours(Path(tmp))                                     # compiles once

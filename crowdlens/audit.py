@@ -23,7 +23,6 @@ from .core.config import machine
 from crowdlens.core.files import (InputError,atomic,cache_dir,show_path,
     write_json)
 from .core.hashes import clusters,first_of
-from .core.plots import save
 from .core.report import Report,nice,table_html
 from .core.yolo import FLAW_ROWS,FLAWS,index,read_set
 from .core.yolo_fix import Rules,clean_labels,place
@@ -34,8 +33,8 @@ from crowdlens.core.yolo_plots import (pick_pictures,picture_sheet,plot_areas,
     shapes)
 from crowdlens.core.yolo_split import (BEFORE_NUMBER,assign,join,name_groups,
     write_lists)
-from .core.yolo_stats import (AREAS,Boxes,class_rows,figures,per_patch,
-    recommend_queries,train_scale)
+from crowdlens.core.yolo_stats import (AREAS,Boxes,class_rows,figures,per_patch,
+    train_scale)
 
 # %% ../nbs/01_audit.ipynb #c98c7af2
 STAGE = "01_audit"

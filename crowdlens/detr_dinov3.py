@@ -31,7 +31,6 @@ from .core.worldfiles import write_yolo
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from .metrics import detection_report
-from .metrics.tables import gather
 from .models import checkpoints,feature_cache as fc,machine_check
 from .models.model_card import push
 from .models.detect_files import detect_files,predict
@@ -403,7 +402,7 @@ def too_long(cfg, plan:list) -> str: # of `forecasts`
         "larger machine.")
 
 # %% ../nbs/03_detr_dinov3.ipynb #de71f82e
-def train(cfg, run, data=None):
+def train(cfg, run):
     "Train; gives model, data and figures."
     with main_first(): tr, va = load(cfg)
     names = [tr.names[k] for k in tr.ids]

@@ -479,7 +479,6 @@ def in_model(model, cfg):
 
 # %% ../nbs/06_slowfast_finetune.ipynb #31129ee0
 def report(
-    cfg:Config,
     r:runs.Run,
     figs:dict,
     part:Part,
@@ -560,7 +559,7 @@ def _train(cfg, r):
         t.model.load_state_dict(load_folder(best).state_dict()); figs = None
     figs = figs or judge()
     if not r.main: return r.finish(figs)
-    page, pic = report(cfg, r, figs, va, csv, before)
+    page, pic = report(r, figs, va, csv, before)
     return r.finish(figs | {f"before/{k}": v for k,v in (before or {}).items()
         if k.startswith("map")}, page, ["map_50", "chance/map_50"], pic,
         dict(checkpoint=best if best.exists() else best.parent/"last",
@@ -626,7 +625,7 @@ def _judge(cfg, r):
     if figs["empty"]: r.log(f"{figs['empty']:,} key frames without a found "
         "person count as missed; keep_empty=false leaves them out of the list")
     if not r.main: return r.finish(figs)
-    page, pic = report(cfg, r, figs, va, csv)
+    page, pic = report(r, figs, va, csv)
     return r.finish(figs, page, ["map_50", "chance/map_50"], pic,
                     dict(results=csv))
 

@@ -17,7 +17,7 @@ import orjson
 from .core import config,runs
 from .core.coco import LabelMap,annotations_json,coco_chunks
 from .core.coco import read_coco
-from .core.config import Config as Base,machine
+from .core.config import Config as Base
 from crowdlens.core.files import (InputError,atomic,cache_dir,safe_join,
     write_json)
 from .core.plots import draw_boxes

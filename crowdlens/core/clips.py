@@ -9,7 +9,7 @@ __all__ = ['HSV_REACH', 'FILMS', 'ClipRule', 'to_dict', 'from_dict', 'pick_frame
 # %% ../../nbs/core/clips.ipynb #8e6f6089
 import math,re
 from collections import OrderedDict
-from dataclasses import asdict,dataclass,field
+from dataclasses import asdict,dataclass
 from pathlib import Path
 import av,cv2
 import numpy as np

@@ -64,7 +64,7 @@ def merge(
     had = {i: [] for i in back}
     for a in whole.get("annotations", []):
         if a["image_id"] in had: had[a["image_id"]].append(a)
-    new, n = _pair(had, back, whole), Counter()
+    new, n = _pair(had, back), Counter()
     kept = [a for v in new.values() for a in v if a["id"] is not None]
     n.update(images=len(back), kept=len(kept), removed=sum(map(len,
         had.values())) - len(kept), added=sum(map(len, new.values()))-len(kept))
@@ -115,7 +115,7 @@ def _box(a, path):
         fix="four numbers: left, top, width, height, the last two above 0")
     return b
 
-def _pair(had, back, whole):
+def _pair(had, back):
     "The new annotations of each image; those that are new have id None."
     out = {}
     for im,anns in back.items():

@@ -17,7 +17,7 @@ from crowdlens.core.raster import (hash01, new_canvas, start, draw_capsules,
     place_capsule, capsule_box, outline_area, shade_capsules, noise_tile,
     expose)
 from .scenery import (draw_light, draw_camera, make_backdrop,
-    quad, Backdrop, BLUER, NET_TOP, NET_REACH)
+    BLUER, NET_TOP, NET_REACH)
 from .truth import make_truth, clip
 
 # %% ../../nbs/core/court.ipynb #4386b3ce

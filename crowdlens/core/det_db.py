@@ -246,7 +246,7 @@ def recall_by_score(
 ) -> list[dict]:  # a row a threshold
     "Share of the truth that some box above a threshold covers."
     from crowdlens.core.boxes import iou as overlap,xywh_to_xyxy
-    rows, n = [], sum(len(v) for v in truth.values())
+    n = sum(len(v) for v in truth.values())
     best = {t: {v: 0 for v in iou} for t in at}
     for k,g in truth.items():
         d = db.get(k, np.empty((0, 5)))

@@ -6,8 +6,7 @@
 __all__ = ['DetData', 'from_yolo', 'from_coco', 'open_data']
 
 # %% ../../nbs/core/detection_data.ipynb #9ee1b124
-import os
-from dataclasses import dataclass,field
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -161,7 +160,7 @@ def _boxes(anns, path):
     "(N,4) corners of the annotations' boxes."
     try: xywh = np.array([a["bbox"] for a in anns], np.float64
                          ).reshape(-1, 4)
-    except (KeyError, ValueError, TypeError) as e:
+    except (KeyError, ValueError, TypeError):
         bad = next(a.get("id") for a in anns if len(a.get("bbox") or ()) != 4)
         raise InputError(f"annotation {bad} has no box of four numbers",
                          path, fix="bbox should be [x, y, w, h]") from None

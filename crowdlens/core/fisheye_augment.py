@@ -18,15 +18,15 @@ import albumentations as A
 import cv2
 import numpy as np
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict,dataclass,field
+from dataclasses import asdict,dataclass
 from functools import lru_cache
 from pathlib import Path
 from . import boxes as bx
 from . import plots
 from .coco import read_coco
 from .files import *
-from .fisheye_warp import (bend,guess_fisheye,guess_pinhole,
-    outlines,relens,tilt,warp,warp_boxes)
+from crowdlens.core.fisheye_warp import (bend,guess_fisheye,guess_pinhole,
+    outlines,relens,tilt,warp)
 from .frames import write_picture
 from .images import content_hash,read_image
 from .lens import roll

@@ -13,7 +13,6 @@ __all__ = ['ACTIONS', 'X', 'Y', 'Z', 'HEAD', 'SPEED', 'TX', 'TY', 'WANT', 'MODE'
 import math
 import numpy as np
 from .compiled import njit
-from .lens import project_point
 from .raster import hash01, place_capsule
 
 # %% ../../nbs/core/people.ipynb #1ac1ffb8

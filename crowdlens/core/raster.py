@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['hash01', 'noise2', 'fbm', 'Canvas', 'new_canvas', 'start', 'capsule_distance', 'draw_capsules', 'draw_polygon',
            'pixels_per_metre', 'place_capsule', 'capsule_box', 'outline_area', 'ground_map', 'shade_capsules',
-           'shade_polygon', 'noise_tile', 'expose']
+           'noise_tile', 'expose']
 
 # %% ../../nbs/core/raster.ipynb #3bd3d2bb
 import math
@@ -197,7 +197,7 @@ def _brightness(px, py, c, t, light):
     return light[3] + (1. - light[3])*max(
         0., n*light[0] + m*light[1] + z*light[2])
 
-# %% ../../nbs/core/raster.ipynb #23fc0822
+# %% ../../nbs/core/raster.ipynb #882c6b4a
 @njit(cache=True, error_model="numpy")
 def _paint_capsule(image, ids, stamp, own, seen, c, obj, light):
     "Blend one capsule row into the buffers."
@@ -497,7 +497,7 @@ def _sweep_span(y, a, b):
     return (min(a[0] + t0*(b[0] - a[0]), a[0] + t1*(b[0] - a[0])),
             max(a[2] + t0*(b[2] - a[2]), a[2] + t1*(b[2] - a[2])))
 
-# %% ../../nbs/core/raster.ipynb #6d92f07e
+# %% ../../nbs/core/raster.ipynb #ebe36121
 @njit(cache=True, error_model="numpy")
 def shade_capsules(
     image, # (H, W, 3) uint8, darkened in place
@@ -511,7 +511,7 @@ def shade_capsules(
 ):
     "Draw shadows of capsules that lie on the ground."
     H, W = image.shape[:2]
-    p, q, row = np.empty(4), np.empty(4), np.empty(6)
+    p, q = np.empty(4), np.empty(4)
     for i in range(len(caps)):
         c = caps[i]
         if not _end_box(cam, c[0], c[1], c[2] + soft, p): continue
@@ -534,28 +534,6 @@ def shade_capsules(
                 if d >= w: continue
                 _darken(image, base, cover, y, x, min(1., .5 - .5*d/w),
                         strength)
-
-# %% ../../nbs/core/raster.ipynb #61e88109
-@njit(cache=True)
-def shade_polygon(
-    image, # (H, W, 3) uint8, darkened in place
-    base, # (H, W, 3) uint8, the picture without shadows
-    cover, # (H+1, W+2) float32, shadow so far, 0..1
-    acc, # (H+1, W+2) float32 scratch, all zero, left all zero
-    uv, # (P, 2) float64 outline of the shadow, pixels
-    strength, # (3,) share of R, G, B that a full shadow takes away
-):
-    "Draw the shadow of a flat outline, given where it falls in the picture."
-    H, W = image.shape[:2]
-    if not _sum_edges(acc, uv, W, H): return
-    x0, x1, y0, y1, v0, v1 = _polygon_box(uv, W, H)
-    for y in range(y0, y1):
-        s = 0.
-        for x in range(x0, min(x1 + 2, W + 2)):
-            s += acc[y, x]
-            acc[y, x] = 0.
-            if x < x1: _darken(image, base, cover, y, x, min(1., abs(s)),
-                               strength)
 
 # %% ../../nbs/core/raster.ipynb #5c98d9c9
 def noise_tile(

@@ -14,7 +14,7 @@ import numpy as np
 from .compiled import njit
 from .lens import Pinhole, look_at, sample_edge, pixel_ray
 from crowdlens.core.raster import (fbm, noise2, hash01, ground_map, new_canvas,
-    draw_polygon, draw_capsules, place_capsule, outline_area, capsule_box,
+    draw_polygon, draw_capsules, outline_area, capsule_box,
     shade_capsules)
 from . import people as P
 

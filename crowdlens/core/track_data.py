@@ -16,7 +16,7 @@ from crowdlens.core.files import (InputError,atomic,read_json,read_text,
 from crowdlens.core.frames import (film_info,list_pictures,read_frames,
     write_picture)
 from .images import read_image
-from .mot import (MotRows,SeqInfo,mot_rows,read_mot,
+from .mot import (MotRows,SeqInfo,mot_rows,
     read_seqinfo,save_mot,write_seqinfo)
 from .runs import room
 

@@ -8,10 +8,11 @@ __all__ = ['CLASSES', 'MOT_CLASS', 'ACTION_TYPES', 'label_rows', 'labelled', 'pi
 
 # %% ../../nbs/core/worldfiles.ipynb #2c3e45a7
 import base64,json,os,pickle,shutil,subprocess,sys
-from dataclasses import asdict,dataclass
+from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 from .ava import ava_rows,save_ava,write_labelmap
+from .boxes import iou
 from .files import InputError,atomic,read_json,write_json
 from .frames import write_film,write_frames,write_picture
 from .mot import SeqInfo,mot_rows,save_mot,write_seqinfo
@@ -136,12 +137,8 @@ def world_name(
 
 def _crowded(boxes, labels, limit=.9) -> bool:
     "Whether two boxes of a class overlap by more than `limit` IoU."
-    lo = np.maximum(boxes[:,None,:2], boxes[None,:,:2])
-    hi = np.minimum(boxes[:,None,2:], boxes[None,:,2:])
-    inter = (hi - lo).clip(0).prod(2)
-    area = (boxes[:,2:] - boxes[:,:2]).prod(1)
-    iou = inter/(area[:,None] + area[None] - inter)
-    return bool((np.triu(iou, 1)[labels[:,None] == labels] > limit).any())
+    both = np.triu(iou(boxes, boxes), 1)
+    return bool((both[labels[:,None] == labels] > limit).any())
 
 # %% ../../nbs/core/worldfiles.ipynb #0e723d5a
 def write_yolo(

@@ -16,7 +16,7 @@ import pyarrow as pa
 from filelock import FileLock
 from .files import InputError,atomic,cache_dir
 from .images import header,read_image
-from .yolo_rows import (KINDS,REASONS,_BOM,_CRLF,_HIGH,
+from .yolo_rows import (REASONS,_BOM,_CRLF,_HIGH,
     check_rows,pose_words,read_rows)
 from .yolo_set import FLAWS,YoloSet,read_set,scan
 

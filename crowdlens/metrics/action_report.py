@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from ..core import boxes as bx
 from ..core.ava import AvaRows,read_ava
-from ..core.plots import color,contact_sheet,new_figure,rgb
+from ..core.plots import contact_sheet,new_figure
 from .actions import frame_ap
 
 # %% ../../nbs/metrics/action_report.ipynb #c2b8092c

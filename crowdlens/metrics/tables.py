@@ -145,7 +145,7 @@ def _position(ids, known, what, where, path):
     n, i = int((~ok).sum()), int(np.argmin(ok))
     raise InputError(f"{where} {i}: {what} {ids[i]} is not among the "
         f"{len(known)} that the ground truth lists ({n} such)", path,
-        fix=f"take them out, or evaluate against the file they belong to")
+        fix="take them out, or evaluate against the file they belong to")
 
 # %% ../../nbs/metrics/tables.ipynb #3f5ccb15
 def _table(d, key, path):

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from ..core.action_data import ActionClips,batch,result_lines
 from ..core.clips import ClipRule,from_dict
-from ..core.files import InputError
 from .action_loss import scores
 from .memory_pool import MemoryPool
 from .slowfast import ActionDetector

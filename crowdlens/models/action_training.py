@@ -7,7 +7,7 @@ __all__ = ['IA_RECIPE', 'Recipe', 'rate', 'param_groups', 'optimiser', 'Trainer'
 
 # %% ../../nbs/models/action_training.ipynb #4d2b8589
 import contextlib,math,re
-from dataclasses import dataclass,field,replace
+from dataclasses import dataclass,replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch

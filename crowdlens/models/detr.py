@@ -66,7 +66,6 @@ def load_backbone(
     "A DINOv3 backbone with its weights; `InputError` says what to do."
     if name in PRESETS: return random_backbone(name, seed)
     if str(name).startswith("timm/"): return _timm_backbone(name[5:])
-    local = Path(name).expanduser().is_dir()
     try: cfg = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as e: raise _no_backbone(name, e) from None
     if cfg.model_type not in _KINDS: raise InputError(

@@ -8,7 +8,6 @@ __all__ = ['BeyondConfig', 'SeveralBlocks', 'projection', 'logit', 'anchors', 's
 # %% ../../nbs/models/detr_beyond.ipynb #6b88d795
 import copy,math
 import torch
-import torch.nn.functional as F
 from torch import nn
 from huggingface_hub.dataclasses import strict
 from transformers import (AutoConfig,AutoModelForObjectDetection,DetrConfig,

@@ -365,7 +365,7 @@ def _over_ranks(figures:dict) -> dict:
 
 # %% ../../nbs/models/detr_training.ipynb #73a8c6ce
 @patch
-def predict_set(self:DetTrainer, dataset=None, say:str="evaluate"):
+def predict_set(self:DetTrainer, dataset=None):
     "`Predictions` of a data set, and the mean loss of its batches."
     loader = self.get_eval_dataloader(dataset)
     model = self._wrap_model(self.model, training=False)

@@ -105,7 +105,7 @@ def dfine_config(
     levels = _many(state, r"encoder\.input_proj\.(\d+)\.")
     def w(key): return state[key + ".weight"].shape
     enc, (c, d) = w("encoder.input_proj.0.conv")[0], w("decoder.enc_score_head")
-    lqe, layer = "decoder.decoder.lqe_layers.0.reg_conf.layers.", "layers.0."
+    lqe = "decoder.decoder.lqe_layers.0.reg_conf.layers."
     back = hgnet_config(state, levels); names = _names(c, names)
     wide = w("encoder.fpn_blocks.0.cv2.1.conv")[0]
     deep = _many(state, r"encoder\.fpn_blocks\.0\.cv2\.0\.bottlenecks\.(\d+)")

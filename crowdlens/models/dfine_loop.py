@@ -268,7 +268,7 @@ def fit(self:Learner,
         if 0 < self.epoch == p.stop_epoch: self._second_stage(run, kept)
         elif self.again: self.restart(load_file(kept),
                                       self.ema.rule["decay"] - 1e-4)
-        terms = self._epoch(run, items)
+        terms = self._epoch(items)
         preds = find_all(self.ema.module, val, self.mean, self.std,
             p.device_batch, p.workers, self.acc.process_index,
             self.acc.num_processes)
@@ -303,7 +303,7 @@ def _sides(self:Learner, canvas) -> list:
 
 # %% ../../nbs/models/dfine_loop.ipynb #ffd1eff6
 @patch
-def _epoch(self:Learner, run, items) -> dict:
+def _epoch(self:Learner, items) -> dict:
     "The steps of one epoch; the mean of each term."
     p, acc, t0 = self.plan, self.acc, time.time()
     keys = batches(len(items), self.epoch, p.seed, p.batch_size,

@@ -7,7 +7,7 @@ __all__ = ['OPSETS', 'input_size', 'check_opset', 'write_graph', 'to_half', 'Onn
            'export']
 
 # %% ../../nbs/models/export.ipynb #04b5a3ac
-import math,os,time,warnings
+import math,time,warnings
 import numpy as np
 import torch
 from contextlib import contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..core.augmentation import DetItems,collate
-from ..core.files import InputError,atomic,read_json,write_json
+from ..core.files import InputError,read_json,write_json
 from ..core.runs import bar
 
 # %% ../../nbs/models/feature_cache.ipynb #a1ada70d

@@ -7,7 +7,6 @@ __all__ = ['MemoryPool', 'trust', 'SharedPool', 'shared_pool']
 
 # %% ../../nbs/models/memory_pool.ipynb #08eeda7f
 import os,shutil,socket,tempfile
-from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch

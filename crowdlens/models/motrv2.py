@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'TWIN', 'Design', 'ResNet50', 'Block', 'SmallNet', 'project'
 
 # %% ../../nbs/models/motrv2.ipynb #ccd76cbb
 import copy,math
-from dataclasses import asdict,dataclass,fields,replace
+from dataclasses import dataclass,replace
 from pathlib import Path
 import cv2
 import numpy as np

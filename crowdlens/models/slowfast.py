@@ -120,7 +120,6 @@ def pool(self:ActionDetector,
 ): # (sum of N, dim), (sum of M, dim)
     "Features of each box, slow channels first."
     s, f = self.backbone(slow, fast)
-    n = [len(b) for b in boxes]
     objects = objects or [b[:0] for b in boxes]
     both = [torch.cat(p) for p in zip(boxes, objects)]
     c = self.config

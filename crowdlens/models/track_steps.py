@@ -157,7 +157,7 @@ def follow(
         while True: yield proposals(todo[n].db[now["key"]],
                                     now["image"].shape[1::-1])
     runs = {n: model.track(frames(), boxes(n), **how) for n in todo}
-    model.see, see = Eyes(model.see), model.see
+    model.see = Eyes(model.see)
     keys = bar(seq.keys(), progress, unit="frame") if progress else seq.keys()
     try:
         with ExitStack() as st:
