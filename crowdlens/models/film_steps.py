@@ -166,7 +166,7 @@ def seconds_of(
     whole = np.arange(int(np.ceil(t[0])), int(np.floor(t[-1])) + 1)
     return [(int(s), int(np.abs(t - s).argmin()) + 1) for s in whole]
 
-# %% ../../nbs/models/film_steps.ipynb #514cde97
+# %% ../../nbs/models/film_steps.ipynb #3fc9a0aa
 def name_actions(
     model,  # an ActionDetector
     source,  # a film, or a folder of frames
@@ -201,9 +201,9 @@ def action_rows(
 ): # AvaRows with score and person
     "Actions in AVA's form."
     w, h = size
-    cols = [(s.second, b/(w, h, w, h), int(numbers[a]), int(i), float(p[a]))
-            for s in seconds for i,b,p in zip(s.ids, s.boxes_xyxy, s.scores)
-            for a in np.flatnonzero(p >= least)]
-    sec, box, act, who, score = zip(*cols) if cols else ((),)*5
-    return ava_rows(movie, sec, np.clip(np.reshape(box, (-1, 4)), 0, 1), act,
-                    who, score)
+    cols = [(np.full(len(i), s.second), s.boxes_xyxy[i]/(w, h, w, h),
+             np.asarray(numbers)[a], s.ids[i], s.scores[i, a])
+            for s in seconds for i,a in [np.nonzero(s.scores >= least)]]
+    none = (np.empty(0, int), np.empty((0, 4)), *[np.empty(0, int)]*3)
+    sec, box, act, who, score = map(np.concatenate, zip(none, *cols))
+    return ava_rows(movie, sec, box.clip(0, 1), act, who, score)
