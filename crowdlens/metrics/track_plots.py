@@ -17,7 +17,7 @@ from crowdlens.core.plots import (INK,MUTED,contact_sheet,new_figure,tile,
 from ..core.track_data import Sequence
 from .tracking import iou_table,match,pair
 
-# %% ../../nbs/metrics/track_plots.ipynb #2a61f726
+# %% ../../nbs/metrics/track_plots.ipynb #8cb87f11
 def id_color(
     i:int,  # a track's number
 ) -> tuple:  # red, green, blue, 0..255
@@ -31,7 +31,13 @@ def _palette(n=96):
     import supervision as sv
     return sv.ColorPalette([sv.Color(*id_color(i)[::-1]) for i in range(n)])
 
-# %% ../../nbs/metrics/track_plots.ipynb #d418fc48
+def _inks(n=96):
+    "Black or white, whichever is read on the colour of each track."
+    import supervision as sv
+    light = [np.dot(id_color(i), (.299, .587, .114)) > 110 for i in range(n)]
+    return sv.ColorPalette([sv.Color(*([20, 255][not v],)*3) for v in light])
+
+# %% ../../nbs/metrics/track_plots.ipynb #86535130
 class Painter:
     "Draws one video's tracks, frame after frame."
     def __init__(self,
@@ -44,8 +50,8 @@ class Painter:
         how = dict(color=_palette(), color_lookup=sv.ColorLookup.TRACK)
         self.sv, self.box = sv, sv.BoxAnnotator(thickness=thickness, **how)
         self.label = sv.LabelAnnotator(text_scale=.38*scale, text_padding=
-            thickness, text_thickness=round(scale), text_color=sv.Color(20, 20,
-            20), **how) if numbers else None
+            thickness, text_thickness=round(scale), text_color=_inks(),
+            **how) if numbers else None
         self.path = sv.TraceAnnotator(trace_length=trail, thickness=thickness,
             position=sv.Position.BOTTOM_CENTER, **how) if trail else None
 
