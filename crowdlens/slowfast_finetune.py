@@ -477,7 +477,7 @@ def in_model(model, cfg):
     "The network on its device."
     return model.to(device_of(cfg)).eval()
 
-# %% ../nbs/06_slowfast_finetune.ipynb #31129ee0
+# %% ../nbs/06_slowfast_finetune.ipynb #dd31a020
 def report(
     r:runs.Run,
     figs:dict,
@@ -525,7 +525,7 @@ def run(cfg:Config) -> runs.Result:
         return dict(train=_train, evaluate=_judge, predict=_predict,
                     prepare=_prepare)[cfg.mode](cfg, r)
 
-# %% ../nbs/06_slowfast_finetune.ipynb #7e408d7c
+# %% ../nbs/06_slowfast_finetune.ipynb #28352885
 def _train(cfg, r):
     "Train, judge the best checkpoint, report."
     tr, va = labelled(open_part(cfg, "train")), labelled(open_part(cfg, "val"))
@@ -613,7 +613,7 @@ def _validate(r, *parts, rule, most=20):
         fix="make their clips, leave them out of "
         "the annotations, or set missing=repeat")
 
-# %% ../nbs/06_slowfast_finetune.ipynb #62f50e9e
+# %% ../nbs/06_slowfast_finetune.ipynb #3dfcb97b
 def _judge(cfg, r):
     "A checkpoint on labelled data, nothing trained."
     va, acc = labelled(open_part(cfg, "val")), accelerator(cfg)

@@ -121,7 +121,7 @@ def _inline(s):
     s = re.sub(r"`([^`]+)`", r"<code>\1</code>", _esc(s))
     return re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", s)
 
-# %% ../../nbs/core/report.ipynb #66f798cd
+# %% ../../nbs/core/report.ipynb #82edc67c
 def table_html(rows,  # list of dicts, or of lists with `head`
                head=None,  # column titles; default: the keys of the first row
                most:int=200,  # rows shown; how many are left out is said
@@ -132,11 +132,11 @@ def table_html(rows,  # list of dicts, or of lists with `head`
     if isinstance(rows[0], dict):
         head = head or list(rows[0])
         rows = [[r.get(h) for h in head] for r in rows]
-    def num(v): return isinstance(v, numbers.Number) or v is None
-    def cell(v, t="td"):
-        c = ' class="n"' if num(v) and not isinstance(v, bool) else ""
-        return f"<{t}{c}>{_esc(nice(v))}</{t}>"
-    ths = "".join(f'<th{" class=n" if num(v) else ""}>{_esc(h)}</th>'
+    def side(v):  # JupyterLab puts everything to the right
+        n = isinstance(v, numbers.Number) and not isinstance(v, bool)
+        return ' class="n"' if n or v is None else ' style="text-align:left"'
+    def cell(v): return f"<td{side(v)}>{_esc(nice(v))}</td>"
+    ths = "".join(f"<th{side(v)}>{_esc(h)}</th>"
                   for h,v in zip(head or [], rows[0]))
     body = "".join("<tr>" + "".join(map(cell, r)) + "</tr>"
                    for r in rows[:most])

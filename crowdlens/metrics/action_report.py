@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GOOD', 'BAD', 'LOST', 'plot_ap', 'people', 'confused', 'draw_actions', 'strip']
 
-# %% ../../nbs/metrics/action_report.ipynb #853ff3ce
+# %% ../../nbs/metrics/action_report.ipynb #1b8be0bb
 import cv2
 import numpy as np
 from ..core import boxes as bx
@@ -108,7 +108,7 @@ def _text(im, text, at, s, colour):
     cv2.putText(im, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, s, colour, 1,
                 cv2.LINE_AA)
 
-# %% ../../nbs/metrics/action_report.ipynb #e1f5aba7
+# %% ../../nbs/metrics/action_report.ipynb #544372bb
 def strip(
     gt:AvaRows,
     det:AvaRows,
@@ -125,6 +125,9 @@ def strip(
                                for _,t,s in who)
     keys = sorted(by, key=lambda k: -wrong(by[k]))
     keys = [*keys[:(most + 1)//2], *keys[::-1][:most//2]][:most]
-    return contact_sheet([draw_actions(picture(*k), by[k], names)
+    def large(im):  # enough for the words on it
+        k = max(1, 250/im.shape[0])
+        return cv2.resize(im, None, fx=k, fy=k) if k > 1 else im
+    return contact_sheet([draw_actions(large(picture(*k)), by[k], names)
         for k in dict.fromkeys(keys)], [f"{m} {s}" for m,s in
         dict.fromkeys(keys)], cols, (400, 250))
