@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PART ?= yolo
+PART ?= yolo detection_metrics detr_features detr_training fisheye motrv2 \
+	tracking clips slowfast films
 JOBS ?= 2
 
 .PHONY: help demo test docs lab bench clean-check readme hooks
@@ -11,7 +12,7 @@ help:
 	@echo "make test   every notebook and every test"
 	@echo "make docs   the site, in outputs/site/html"
 	@echo "make lab    JupyterLab on the notebooks"
-	@echo "make bench  speed beside the peers (PART=$(PART))"
+	@echo "make bench  speed beside the peers, nbs/bench.ipynb; a part: PART=yolo"
 
 $(VENV)/.core: settings.ini setup.py pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,7 +39,7 @@ lab: $(VENV)/.lab
 	$(BIN)/jupyter lab nbs
 
 bench: $(VENV)/.core
-	$(BIN)/python bench/$(PART).py
+	for p in $(PART); do $(BIN)/python bench/$$p.py || exit 1; done
 
 readme: $(VENV)/.dev
 	$(BIN)/python nbs/_site/readme.py

@@ -1,6 +1,11 @@
 """Clips of a film beside cv2.VideoCapture and plain PyAV: 64 frames around
-each second, CPU seconds of one core. `PART=clips make bench`."""
+each second, CPU seconds of one core. `make bench PART=clips`; films given by
+name are measured too. The built-in film's figures go to
+bench/results/clips.json."""
+import datetime
+import json
 import os
+import platform
 import sys
 import tempfile
 import time
@@ -64,7 +69,7 @@ def ours(path, windows, ahead):
 def compare(path, name):
     n = len(Film(path))
     rate = round(1 / np.median(np.diff(Film(path).times)))
-    order = list(range(0, n - RULE.span, rate))
+    order, rows = list(range(0, n - RULE.span, rate)), []
     shuffled = np.random.default_rng(0).permutation(order).tolist()
     for what, windows, ahead in (("in order", order, True), ("at random", shuffled, False)):
         peers = dict(cv2=cpu(lambda: by_cv2(path, windows)), pyav=cpu(lambda: by_pyav(path, windows)))
@@ -72,15 +77,21 @@ def compare(path, name):
         off = max(int(abs(im.astype(int) - peers["pyav"][1][a][k]).max())
                   for a in windows for k, im in got[a].items())
         best = min(v for v, _ in peers.values())
+        rows.append(dict(order=what, ours_ms=round(1e3 * t / len(windows), 1), times=round(best / t, 2), off=off,
+                         **{f"{k}_ms": round(1e3 * v / len(windows), 1) for k, (v, _) in peers.items()}))
         print(f"{name}, {len(windows)} clips {what}: crowdlens {1e3 * t / len(windows):.0f} ms a clip, "
               + ", ".join(f"{k} {1e3 * v / len(windows):.0f} ms" for k, (v, _) in peers.items())
               + f": {best / t:.2f} times the better one; largest difference {off} grey levels", flush=True)
+    return rows
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as d:
         path = Path(d) / "court.mp4"
         write_film(path, (im for im, _ in World("court", 3, 10, (640, 384)).frames(150)))
-        compare(path, "VP9 640x384")
+        rows = compare(path, "VP9 640x384")
+    out = dict(date=datetime.date.today().isoformat(), cpus=os.cpu_count(), machine=platform.machine(),
+               load=round(os.getloadavg()[0], 1), film="VP9 640x384, 6 s", rows=rows)
+    (Path(__file__).parent / "results/clips.json").write_text(json.dumps(out, indent=1) + "\n")
     for path in sys.argv[1:]:
         compare(Path(path), Path(path).name)

@@ -2,10 +2,15 @@
 
 `python bench/slowfast.py [height width runs]`: one clip of 64 frames, five
 persons. The naive side is the same network with torch's own 3-D convolutions
-on tensors as they come, and batch norm as a layer of its own."""
+on tensors as they come, and batch norm as a layer of its own. Without
+arguments the figures go to bench/results/slowfast.json."""
+import datetime
 import json
+import os
+import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -48,4 +53,8 @@ def main(height=256, width=464, runs=3):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    row = main(*map(int, sys.argv[1:]))
+    if not sys.argv[1:]:
+        row |= dict(date=datetime.date.today().isoformat(), cpus=os.cpu_count(), machine=platform.machine(),
+                    load=round(os.getloadavg()[0], 1))
+        (Path(__file__).parent / "results/slowfast.json").write_text(json.dumps(row, indent=1) + "\n")
