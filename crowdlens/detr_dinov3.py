@@ -10,7 +10,7 @@ __all__ = ['STAGE', 'LEAD', 'check', 'DataAndModel', 'Config', 'spread', 'load',
            'keep_worst', 'judge', 'look', 'merge_worst', 'curves', 'features_picture', 'add_failures', 'report', 'run',
            'share']
 
-# %% ../nbs/03_detr_dinov3.ipynb #c399ad61
+# %% ../nbs/03_detr_dinov3.ipynb #a2e0c21a
 import gc,math,os,time
 from dataclasses import asdict,dataclass,replace
 from pathlib import Path
@@ -401,7 +401,7 @@ def too_long(cfg, plan:list) -> str: # of `forecasts`
         "`crowdlens submit 03_detr_dinov3 -f full …` hands the run to a "
         "larger machine.")
 
-# %% ../nbs/03_detr_dinov3.ipynb #de71f82e
+# %% ../nbs/03_detr_dinov3.ipynb #5b91a19c
 def train(cfg, run):
     "Train; gives model, data and figures."
     with main_first(): tr, va = load(cfg)
