@@ -6,7 +6,7 @@
 __all__ = ['STEP', 'STAGE', 'Batch', 'batch_boxes', 'reasons', 'left_out', 'image_root', 'image_entries', 'provenance', 'convert',
            'write', 'place', 'coco2yolo', 'Config', 'world_set', 'run', 'example']
 
-# %% ../nbs/02_yolo2coco.ipynb #983a8354
+# %% ../nbs/02_yolo2coco.ipynb #6f527d0f
 import csv,gc,hashlib,importlib.metadata,json,os,shutil
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +18,7 @@ from .core import config,runs
 from .core.coco import LabelMap,annotations_json,coco_chunks
 from .core.coco import read_coco
 from .core.config import Config as Base
-from crowdlens.core.files import (InputError,atomic,cache_dir,safe_join,
+from crowdlens.core.files import (InputError,atomic,safe_join,
     write_json)
 from .core.plots import draw_boxes
 from .core.report import Report
@@ -282,16 +282,14 @@ class Config(Base):
         if self.category_base < 0: raise InputError(
             f"category_base={self.category_base}: ids may not be negative")
 
-# %% ../nbs/02_yolo2coco.ipynb #999acbd3
+# %% ../nbs/02_yolo2coco.ipynb #ee3dd4ec
 def world_set(
     cfg:Config,  # how many images, and flaws of each kind
 ) -> Path:
-    "A YOLO set of the built-in world, made once."
-    from crowdlens.core.worldfiles import write_yolo
-    n, m, k = cfg.world_train, cfg.world_val, cfg.world_flaws
-    dst = cache_dir(cfg.out)/"world"/f"yolo-{n}-{m}-{k}-{cfg.seed}"
-    write_yolo(dst, train=n, val=m, flaws=k, seed=cfg.seed)
-    return dst
+    "The YOLO set of the built-in world that stage 01 audits."
+    from crowdlens.core.worldfiles import damaged_world
+    return damaged_world(cfg.out, cfg.world_train, cfg.world_val,
+                         cfg.world_flaws, cfg.seed)[0]
 
 def _file(split): return f"{split or 'all'}.json"
 

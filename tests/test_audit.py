@@ -27,6 +27,7 @@ from crowdlens import audit as stage
 from crowdlens.core import hashes, yolo_fix, yolo_flaws, yolo_split
 from crowdlens.core import yolo_stats as ys
 from crowdlens.core.files import InputError
+from crowdlens.core.worldfiles import damaged_world
 from crowdlens.core.yolo import FLAWS, index
 
 ex = settings(deadline=None, max_examples=60)
@@ -67,7 +68,7 @@ def tree(root):
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
     "The built-in world with one flaw of each kind: (folder, planted)."
-    return stage.damaged_world(tmp_path_factory.mktemp("world"), 40, 16, 1,
+    return damaged_world(tmp_path_factory.mktemp("world"), 40, 16, 1,
                                seed=3)
 
 

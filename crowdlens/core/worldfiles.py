@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'MOT_CLASS', 'ACTION_TYPES', 'label_rows', 'labelled', 'pick_frames', 'world_name', 'write_yolo',
-           'yolo_text', 'write_coco', 'coco_dict', 'mot_truth', 'write_mot', 'write_world_film', 'write_ava']
+           'yolo_text', 'damaged_world', 'write_coco', 'coco_dict', 'mot_truth', 'write_mot', 'write_world_film',
+           'write_ava']
 
-# %% ../../nbs/core/worldfiles.ipynb #2c3e45a7
+# %% ../../nbs/core/worldfiles.ipynb #9628226d
 import base64,json,os,pickle,shutil,subprocess,sys
 from dataclasses import asdict
 from pathlib import Path
 import numpy as np
+from filelock import FileLock
 from .ava import ava_rows,save_ava,write_labelmap
 from .boxes import iou
-from .files import InputError,atomic,read_json,write_json
+from crowdlens.core.files import (InputError,atomic,cache_dir,read_json,
+    write_json)
 from .frames import write_film,write_frames,write_picture
 from .mot import SeqInfo,mot_rows,save_mot,write_seqinfo
 from .plant import Planted,plant
@@ -104,7 +107,7 @@ def _work():
         try: out.write(base64.b64encode(pickle.dumps(got)) + b"\n"); out.flush()
         except BrokenPipeError: os._exit(1)  # nobody listens any more
 
-# %% ../../nbs/core/worldfiles.ipynb #92ebd349
+# %% ../../nbs/core/worldfiles.ipynb #4ff39c9f
 def pick_frames(
     scene:str,  # "court" or "street"
     seed:int,  # of the world
@@ -252,6 +255,18 @@ def _plant_yolo(part, scene, flaws, seed):
         "a flaw that nobody planted", fix="write more images")
     (part/".planting").touch()
     return plant(part, flaws, len(names), seed)
+
+# %% ../../nbs/core/worldfiles.ipynb #cabe8803
+def damaged_world(out:str="", # where `.cache` lies, as for `files.out_dir`
+                  train:int=44, val:int=12,  # images
+                  flaws:int=1,  # of each kind
+                  seed:int=0) -> tuple:  # the set's folder, list of Planted
+    "The court as a YOLO set with `flaws` of each kind; drawn once."
+    root = cache_dir(out)/"worlds"/f"court-{train}-{val}-{flaws}-{seed}"
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{root}.lock", fallback_to_soft=False):
+        return root, write_yolo(root, train=train, val=val, seed=seed,
+                                flaws=flaws)
 
 # %% ../../nbs/core/worldfiles.ipynb #313c16eb
 def write_coco(
@@ -426,7 +441,7 @@ def write_ava(
         _finish(part, dst, wanted, [])
     return Path(dst)
 
-# %% ../../nbs/core/worldfiles.ipynb #334d1a60
+# %% ../../nbs/core/worldfiles.ipynb #59f245de
 def _ava_world(part, split, seed, n, o):
     "Write one movie with its keyframes; its rows."
     if (done := _rows_of(part, o, seed)).is_file(): return read_json(done)
@@ -467,7 +482,7 @@ def _ava_second(rows, second, t, o):
     if t.ball_visible >= o["min_visible"]: enter("objects", t.ball,
                                                  float(t.ball_visible))
 
-# %% ../../nbs/core/worldfiles.ipynb #c871de2b
+# %% ../../nbs/core/worldfiles.ipynb #3508da54
 def _a_world(o, seed):
     "The world of a movie."
     rng = np.random.default_rng([seed, 5])

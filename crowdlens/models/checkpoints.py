@@ -22,7 +22,7 @@ from ..core.coco import LabelMap
 from ..core.files import InputError,read_json
 from ..core.letterbox import MEAN,STD,Letterbox,from_dict
 from . import detr_beyond  # its networks open here too
-from .detr import arrange,load_backbone,seeded
+from .detr import arrange,load_backbone,quiet,seeded
 
 # %% ../../nbs/models/checkpoints.ipynb #88f4d039
 class Inert:
@@ -116,8 +116,8 @@ def fill(
     least:float=.9,  # share that must match, else the model is not touched
 ) -> Loaded:
     "Put `state` into `model`, by whichever names it uses."
-    new, info = type(model).from_pretrained(None, config=model.config,
-        state_dict=dict(state), output_loading_info=True,
+    with quiet(): new, info = type(model).from_pretrained(None,
+        config=model.config, state_dict=dict(state), output_loading_info=True,
         ignore_mismatched_sizes=True)
     bad, n = {k[0] for k in info["mismatched_keys"]}, len(new.state_dict())
     miss = sorted(set(info["missing_keys"]) - bad)
@@ -465,8 +465,8 @@ def geometry_of(
 def _hugging_face(p, hints):
     "A Hugging Face folder, or a model of the Hub."
     try:
-        model, info = AutoModelForObjectDetection.from_pretrained(p,
-            output_loading_info=True)
+        with quiet(): model, info = (AutoModelForObjectDetection
+            .from_pretrained(p, output_loading_info=True))
     except SafetensorError as e: raise InputError(
         f"the weights are cut short ({e})", p) from None
     except (OSError, ValueError, RuntimeError) as e: raise InputError(

@@ -15,6 +15,7 @@ from ..core.files import InputError,write_json
 from ..core.images import read_image
 from ..core.letterbox import from_network,letterbox,place,to_dict
 from . import checkpoints
+from .detr import quiet
 
 # %% ../../nbs/models/detector.ipynb #4f8d1c58
 def as_rgb(
@@ -179,7 +180,7 @@ def save_hugging_face(
     folder = Path(folder); m, lm = checkpoint.model, checkpoint.labels
     m.config.id2label = dict(enumerate(lm.names))
     m.config.label2id = {n: i for i, n in enumerate(lm.names)}
-    m.save_pretrained(folder)
+    with quiet(): m.save_pretrained(folder)
     write_json(folder/"preprocessor_config.json", processor_of(checkpoint))
     g = checkpoint.geometry
     write_json(folder/"crowdlens.json", dict(checkpoint.info,

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from matplotlib.patches import Rectangle
 from torch import nn
 from transformers import DetrForObjectDetection
-from transformers.utils import logging
 from ..core import plots
 from ..core.detection_data import DetData
 from ..core.letterbox import MEAN,STD,Letterbox,letterbox,place
@@ -25,7 +24,8 @@ from ..core.runs import assets,shipped
 from ..core.world import World
 from ..core.worldfiles import labelled,pick_frames
 from ..metrics.detection import evaluate
-from .detr import arrange,build,random_backbone,seeded
+from crowdlens.models.detr import (arrange,build,quiet,random_backbone,
+    seeded)
 from .detr_beyond import build_beyond
 from .detr_training import Predictions,ground_truth
 from .feature_cache import pack,take_maps,unpack
@@ -340,10 +340,8 @@ def story_net(folder="", # empty: the one that ships
               attention:bool=False):  # whether it can say where it looks
     "The small net of this page, frozen."
     how = dict(attn_implementation="eager") if attention else {}
-    bar = logging.is_progress_bar_enabled(); logging.disable_progress_bar()
-    try: net = DetrForObjectDetection.from_pretrained(
+    with quiet(): net = DetrForObjectDetection.from_pretrained(
         folder or shipped("story"), dtype=torch.float32, **how)
-    finally: bar and logging.enable_progress_bar()
     return arrange(net).eval()
 
 # %% ../../nbs/models/detr_stories.ipynb #258468d5
