@@ -307,14 +307,9 @@ def figure(
     "Keep `pic` as figures/`name`.png or .jpg; gives its path."
     jpg = not hasattr(pic, "savefig")
     path = self.folder/"figures"/f"{name}.{'jpg' if jpg else 'png'}"
-    if not self.main: return path
-    with atomic(path) as tmp:
-        if not jpg: pic.savefig(tmp, dpi=110); _closed(pic)
-        else:
-            import cv2
-            ok, enc = cv2.imencode(".jpg", pic[..., ::-1],
-                                   [cv2.IMWRITE_JPEG_QUALITY, 88])
-            tmp.write_bytes(enc.tobytes())
+    from crowdlens.core.plots import save
+    if self.main: save(path, pic)
+    if not jpg: _closed(pic)
     return path
 
 def _closed(fig):
