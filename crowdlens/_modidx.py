@@ -3665,6 +3665,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'crowdlens/who_does_what.py'),
                                          'crowdlens.who_does_what.person_rows': ( 'who_does_what.html#person_rows',
                                                                                   'crowdlens/who_does_what.py'),
+                                         'crowdlens.who_does_what.rate_of': ('who_does_what.html#rate_of', 'crowdlens/who_does_what.py'),
                                          'crowdlens.who_does_what.run': ('who_does_what.html#run', 'crowdlens/who_does_what.py'),
                                          'crowdlens.who_does_what.save_actions': ( 'who_does_what.html#save_actions',
                                                                                    'crowdlens/who_does_what.py'),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGE', 'COLUMNS', 'Config', 'open_detector', 'open_tracker', 'open_actions', 'action_names', 'drawn_alone',
-           'world_film', 'told', 'write_table', 'annotated', 'timeline', 'person_rows', 'scores', 'run', 'save_actions']
+           'world_film', 'told', 'write_table', 'annotated', 'timeline', 'person_rows', 'scores', 'rate_of', 'run',
+           'save_actions']
 
-# %% ../nbs/07_who_does_what.ipynb #c1a3e0f2
+# %% ../nbs/07_who_does_what.ipynb #d50127d3
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -19,7 +20,7 @@ from .core.coco import LabelMap
 from .core.config import machine
 from .core.files import InputError,atomic,read_json,write_json
 from .core.frames import film_info,read_frames,write_film
-from .core.mot import mot_rows,read_mot,save_mot
+from .core.mot import mot_rows,read_mot,read_seqinfo,save_mot
 from .core.plots import color,new_figure,use_style
 from .core.report import Report
 from .core.world import World
@@ -305,7 +306,17 @@ def _followed(true, folder):
     return {f"tracking/{k}": fig[k] for k in ("HOTA", "DetA", "AssA", "IDF1",
                                               "MOTA", "IDSW")}
 
-# %% ../nbs/07_who_does_what.ipynb #a50fd54d
+# %% ../nbs/07_who_does_what.ipynb #71553296
+def rate_of(
+    source,  # a film, or a folder of frames
+) -> float:
+    "Frames a second that a folder's seqinfo.ini states; 25 where none does."
+    for p in (Path(source), Path(source).absolute().parent):
+        if Path(source).is_dir() and (p/"seqinfo.ini").is_file():
+            return read_seqinfo(p).frameRate
+    return 25.
+
+# %% ../nbs/07_who_does_what.ipynb #33cb537a
 def run(cfg:Config) -> runs.Result:
     "Detect, follow, name, draw."
     with runs.Run(STAGE, cfg) as r:
@@ -313,7 +324,7 @@ def run(cfg:Config) -> runs.Result:
         source = Path(cfg.source) if cfg.source != "world" else world_film(
             r.folder/"truth", World("court", 20_000 + cfg.seed,
             cfg.world_people), 25*cfg.world_seconds + 1)
-        info = film_info(source)
+        info = film_info(source, rate_of(source))
         labels = _detect(cfg, r, source, info)
         _track(cfg, r, source, info, labels)
         rows = read_mot(r.folder/"tracks.txt")
