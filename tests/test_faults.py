@@ -129,3 +129,14 @@ def test_the_page_names_tests_that_are_there():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
     lost = [n for n in named if f"def {n[1]}(" not in (TOP / "tests" / n[0]).read_text()]
     assert len(named) > 25 and not lost, lost
+
+
+def test_an_error_that_cannot_be_renamed_arrives_as_it_is(tmp_path):
+    "PyAV's errors keep the name of the file that they were made with."
+    import av
+
+    from crowdlens.core.files import atomic
+    with pytest.raises(av.error.FileNotFoundError):
+        with atomic(tmp_path / "film.mp4"):
+            raise av.error.FileNotFoundError(2, "gone")
+    assert not list(tmp_path.iterdir())

@@ -6,9 +6,9 @@
 __all__ = ['InputError', 'show_path', 'atomic', 'sweep', 'disk_full', 'plain', 'write_json', 'read_json', 'read_text', 'checkout',
            'out_dir', 'cache_dir', 'safe_join']
 
-# %% ../../nbs/core/files.ipynb #0ae31dfd
+# %% ../../nbs/core/files.ipynb #972dfefd
 import errno,json,math,os,re,tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager,suppress
 from pathlib import Path
 
 # %% ../../nbs/core/files.ipynb #69855543
@@ -32,7 +32,7 @@ def show_path(path) -> str:
     s = os.fsdecode(s).encode("utf-8", "backslashreplace").decode()
     return s.translate({i: f"\\x{i:02x}" for i in (*range(32), 127)})
 
-# %% ../../nbs/core/files.ipynb #fe4ee308
+# %% ../../nbs/core/files.ipynb #13347940
 @contextmanager
 def atomic(
     path,  # the target; its folder is made
@@ -49,7 +49,8 @@ def atomic(
         os.chmod(tmp, 0o666 & ~_umask())
         os.replace(tmp, path); _sync(path.parent)
     except OSError as e:
-        if e.filename in (None, str(tmp)): e.filename = str(path)
+        if e.filename in (None, str(tmp)):
+            with suppress(AttributeError): e.filename = str(path)
         raise
     finally: tmp.unlink(missing_ok=True)
 
