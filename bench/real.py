@@ -89,7 +89,8 @@ def sequence(name, out, tracker=""):
     res = stage.run(stage.Config(**cfg))
     m, rows = res.metrics, dict(sequence=name, boxes="det.txt" if rule else "simulated on the truth")
     db, tracks = res.folder / "det_db/main_test.json", next((res.folder / "tracks/original").iterdir())
-    rows["ByteTrack"] = figures(m, "ByteTrack_original/")
+    if "ByteTrack_original/HOTA" in m:  # the library trackers is installed
+        rows["ByteTrack"] = figures(m, "ByteTrack_original/")
     if tracker or ours():
         rows["MOTRv2"] = figures(m, "original/")
     else:

@@ -46,12 +46,12 @@ def test_films_from_nothing(real, tmp_path, name, frames):
                                   "mot_volleyball/volleyball_7_38025", "mot_volleyball/volleyball_7_51725",
                                   "mot_tud_stadtmitte/TUD-Stadtmitte"])
 def test_sequences_from_their_own_boxes(real, tmp_path, name):
-    "What ByteTrack makes of the boxes needs no network, so that it holds to what is kept."
+    "What comes out is what is kept; ByteTrack's, where its library is installed, to a hair."
     got = real.sequence(name, tmp_path)
     whole(tmp_path / "07_who_does_what" / Path(name).name)
     kept, = [r for r in json.loads((TOP / "data/real_runs.json").read_text())["sequences"] if r["sequence"] == name]
-    assert got["ByteTrack"] == pytest.approx(kept["ByteTrack"], abs=2e-3)
+    if "ByteTrack" in got:
+        assert got["ByteTrack"] == pytest.approx(kept["ByteTrack"], abs=2e-3)
+    assert got["MOTRv2"] == pytest.approx(kept["MOTRv2"], abs=.05)
     assert got["frames"] == kept["frames"] and got["boxes_a_frame"] == pytest.approx(kept["boxes_a_frame"], abs=.1)
     assert got.get("known") == kept.get("known")
-    if "MOTRv2" in got:
-        assert 0 < got["MOTRv2"]["HOTA"] <= 1

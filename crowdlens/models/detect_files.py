@@ -91,7 +91,7 @@ def _read(file):
     try: return read_image(file)
     except InputError: return None
 
-# %% ../../nbs/models/detect_files.ipynb #05972890
+# %% ../../nbs/models/detect_files.ipynb #5221c9d6
 @contextmanager
 def _pool(n, cores):
     "Threads in which torch takes so many cores each."
@@ -106,7 +106,8 @@ def _in_order(pool, work, items, ahead):
     wait = deque()
     for x in items:
         wait.append(pool.submit(work, x))
-        if len(wait) > ahead: yield wait.popleft().result()
+        while wait and (len(wait) > ahead or wait[0].done()):
+            yield wait.popleft().result()
     while wait: yield wait.popleft().result()
 
 # %% ../../nbs/models/detect_files.ipynb #247a940c
